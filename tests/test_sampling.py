@@ -1,0 +1,115 @@
+"""Samplers against stock diffusers on a tiny random pipeline, and the rules of a request."""
+from dataclasses import asdict
+import numpy as np
+import pytest
+import torch
+from pixart_delta_nb.consistency import lcm_timesteps
+from pixart_delta_nb.sampling import (decode, generate, initial_latents, latent_shape, make_generators, sample_student,
+                                      sample_teacher, tiny_pipeline, to_pil)
+
+CAPTIONS = ['a red cube on grass', ' A small blue SPHERE at night', '']
+SEEDS = [11, 12, 13]
+BETAS = dict(beta_start=1e-4, beta_end=0.02, beta_schedule='linear')
+
+@pytest.fixture(scope='module')
+def teacher(): return tiny_pipeline()
+
+@pytest.fixture(scope='module')
+def student(): return tiny_pipeline(omega=3.5)
+
+def by_stock(pipe, scheduler, steps, guidance_scale):
+    from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+    config = {k: v for k, v in asdict(pipe.transformer.config).items() if k != 'guidance_embed_dim'}
+    network = PixArtTransformer2DModel(**config, cross_attention_dim=pipe.transformer.config.width)
+    network.load_state_dict(pipe.transformer.state_dict())
+    stock = PixArtAlphaPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, network.eval(), scheduler)
+    stock.set_progress_bar_config(disable=True)
+    return torch.as_tensor(stock(CAPTIONS, num_inference_steps=steps, guidance_scale=guidance_scale, generator=make_generators(SEEDS),
+                                 output_type='pt', use_resolution_binning=False, clean_caption=False).images)
+
+@pytest.mark.parametrize('steps', [1, 4, 8])
+def test_student_equals_diffusers(student, steps):
+    from diffusers import LCMScheduler
+    theirs = by_stock(student, LCMScheduler(**BETAS, original_inference_steps=50), steps, 1.0)
+    assert (generate(student, CAPTIONS, steps, seeds=SEEDS) - theirs).abs().max() < 1e-4
+
+@pytest.mark.parametrize('steps', [14, 20])
+def test_teacher_equals_diffusers(teacher, steps):
+    from diffusers import DPMSolverMultistepScheduler
+    theirs = by_stock(teacher, DPMSolverMultistepScheduler(**BETAS, algorithm_type='dpmsolver++', solver_order=2), steps, 4.5)
+    assert (generate(teacher, CAPTIONS, steps, seeds=SEEDS) - theirs).abs().max() < 1e-4
+
+def test_teacher_without_guidance_equals_diffusers(teacher):
+    from diffusers import DPMSolverMultistepScheduler
+    theirs = by_stock(teacher, DPMSolverMultistepScheduler(**BETAS, algorithm_type='dpmsolver++', solver_order=2), 6, 1.0)
+    assert (generate(teacher, CAPTIONS, 6, guidance_scale=1., seeds=SEEDS) - theirs).abs().max() < 1e-4
+
+def test_last_jump_is_returned_without_noise(student):
+    seen = []
+    out = sample_student(student, CAPTIONS, seeds=SEEDS, callback=lambda i, t, estimate: seen.append((int(t), estimate)))
+    assert [t for t, _ in seen] == lcm_timesteps(4).tolist() and torch.equal(seen[-1][1], out)
+
+@pytest.mark.parametrize('sample', [sample_teacher, sample_student])
+def test_an_image_depends_on_its_seed_alone(teacher, sample):
+    whole = sample(teacher, CAPTIONS, 3, seeds=SEEDS, batch_size=3)
+    assert torch.allclose(whole, sample(teacher, CAPTIONS, 3, seeds=SEEDS, batch_size=2), atol=1e-4)
+    assert torch.allclose(whole[1:2], sample(teacher, CAPTIONS[1:2], 3, seeds=SEEDS[1:2]), atol=1e-4)
+    assert not torch.allclose(whole, sample(teacher, CAPTIONS, 3, seeds=[1, 2, 3]), atol=1e-2)
+
+def test_evaluations_agree_with_a_hook(teacher):
+    rows = []
+    handle = teacher.transformer.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    guided = sample_teacher(teacher, CAPTIONS, 14, batch_size=2).evaluations; by_teacher = sum(rows); rows.clear()
+    plain = sample_student(teacher, CAPTIONS, 4, batch_size=2).evaluations; by_student = sum(rows); rows.clear()
+    handle.remove()
+    assert (guided, plain) == (28, 4) and (by_teacher, by_student) == (28*3, 4*3)
+
+def test_sampling_leaves_the_weights_trainable(teacher):
+    sample_student(teacher, CAPTIONS[:1], 1)
+    out = teacher.transformer(torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.zeros(1, 2, 32))
+    out.sum().backward()
+    assert teacher.transformer.proj_out.weight.grad is not None
+    teacher.transformer.zero_grad()
+
+def test_global_random_state_is_left_alone(student):
+    torch.manual_seed(3); before = torch.get_rng_state()
+    sample_student(student, CAPTIONS, 2); tiny_pipeline()
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_sizes(teacher):
+    assert latent_shape(teacher, (32, 96)) == (4, 4, 12)
+    assert generate(teacher, CAPTIONS[:1], 1, size=(32, 96)).shape == (1, 3, 32, 96)
+
+def test_initial_latents_are_one_stream_an_image():
+    g = make_generators([4])
+    first, second = initial_latents(g, (4, 2, 2)), initial_latents(g, (4, 2, 2))
+    reference = torch.Generator().manual_seed(4)
+    assert torch.equal(first, torch.randn(1, 4, 2, 2, generator=reference)) and torch.equal(second, torch.randn(1, 4, 2, 2, generator=reference))
+
+def test_decode_lies_in_range_and_does_not_depend_on_the_batch(teacher):
+    z = 10*initial_latents([1, 2, 3], (4, 8, 8))
+    images = decode(teacher, z)
+    assert images.min() >= 0 and images.max() <= 1 and torch.allclose(images, decode(teacher, z, batch_size=1), atol=1e-5)
+
+def test_pictures_round_like_diffusers():
+    from diffusers.image_processor import VaeImageProcessor
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(to_pil(images), theirs))
+
+@pytest.mark.parametrize('options, words', [
+    (dict(steps=0), 'steps is 0'), (dict(steps=51), '1 to 50'), (dict(guidance_scale=4.5), 'fixed omega 3.5'),
+    (dict(seeds=[1]), '1 seeds were given for 3 captions'), (dict(size=72), 'use 64'), (dict(captions=[]), 'captions is empty'),
+    (dict(captions=[1]), 'must be a string'), (dict(batch_size=0), 'batch_size is 0')])
+def test_bad_requests(student, options, words):
+    with pytest.raises(ValueError, match=words) as error: sample_student(student, **{'captions': CAPTIONS, **options})
+    assert '\n' not in str(error.value)
+
+def test_guidance_on_top_of_a_guided_student_is_refused(student):
+    with pytest.raises(ValueError, match='load the teacher'): sample_teacher(student, CAPTIONS)
+
+def test_decode_refuses_what_is_not_finite(teacher):
+    with pytest.raises(ValueError, match='not finite'): decode(teacher, torch.full((1, 4, 8, 8), torch.nan))
+
+def test_pictures_refuse_values_outside_the_unit_interval():
+    with pytest.raises(ValueError, match='must lie in'): to_pil(torch.full((1, 3, 2, 2), 1.5))
