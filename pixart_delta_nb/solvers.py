@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ddim_step', 'ddim_sample', 'euler_sample', 'heun_sample', 'dpm_solver_pp_2m', 'dpm_timesteps', 'skip_grid']
 
-# %% ../nbs/02_solvers.ipynb #5de3f046
+# %% ../nbs/02_solvers.ipynb #5be7eaff
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .core import require
 from .schedules import add_noise, eps_to_x0, log_snr
 
-# %% ../nbs/02_solvers.ipynb #004e4925
+# %% ../nbs/02_solvers.ipynb #40da70c0
 def ddim_step(
     x_t: Tensor, # (B, ...) noisy data
     eps: Tensor, # (B, ...) predicted noise
@@ -24,7 +24,7 @@ def ddim_step(
     "One deterministic DDIM step, equation (1); Ψ of Algorithm 1 in the report."
     return add_noise(eps_to_x0(x_t, eps, alpha_bar_t), eps, alpha_bar_s)
 
-# %% ../nbs/02_solvers.ipynb #9c195172
+# %% ../nbs/02_solvers.ipynb #af32b569
 def _intervals(
     timesteps: Sequence[int] | Tensor, # descending, within the schedule
     alpha_bar: Tensor, # (T,) float64
@@ -39,17 +39,17 @@ def _intervals(
     ends = torch.cat([alpha_bar.double().cpu()[times], torch.tensor([alpha_bar_end], dtype=torch.float64)])
     for i, t in enumerate(times): yield i, t, ends[i], ends[i + 1]
 
-# %% ../nbs/02_solvers.ipynb #d97981e3
-def _batch_time(x: Tensor, t: int) -> Tensor:
-    "The timestep as (B,) integers on the device of `x`."
-    return torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+# %% ../nbs/02_solvers.ipynb #97d97b60
+def _eps(eps_model, x: Tensor, t: int) -> Tensor:
+    "Predicted noise at timestep `t`, the same for the whole batch, in the precision of `x`."
+    return eps_model(x, torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)).to(x.dtype)
 
 
 def _float(x: Tensor) -> Tensor:
     "float32 unless it is float64 already."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/02_solvers.ipynb #48d9997e
+# %% ../nbs/02_solvers.ipynb #4d9d2635
 def ddim_sample(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -61,16 +61,21 @@ def ddim_sample(
     "DDIM sampling, equation (1) repeated; one evaluation a step."
     x = _float(x)
     for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
-        x = ddim_step(x, eps_model(x, _batch_time(x, t)), ab_t, ab_s)
+        x = ddim_step(x, _eps(eps_model, x, t), ab_t, ab_s)
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #3c7f6066
+# %% ../nbs/02_solvers.ipynb #987f6d9b
 def _sigma_bar(alpha_bar_t: Tensor) -> Tensor:
     "Noise relative to the signal, σ/α."
     return ((1 - alpha_bar_t) / alpha_bar_t).sqrt()
 
-# %% ../nbs/02_solvers.ipynb #a49b4d6a
+
+def _euler(x: Tensor, slope: Tensor, ab_t: Tensor, ab_s: Tensor) -> Tensor:
+    "One step of equation (2), from x_t to x_s with a given slope."
+    return (x / ab_t.sqrt() + (_sigma_bar(ab_s) - _sigma_bar(ab_t)) * slope) * ab_s.sqrt()
+
+# %% ../nbs/02_solvers.ipynb #fe9028b8
 def euler_sample(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -82,12 +87,11 @@ def euler_sample(
     "Euler's method in σ/α, equation (2); the same map as `ddim_sample`."
     x = _float(x)
     for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
-        slope = eps_model(x, _batch_time(x, t)).to(x.dtype)
-        x = (x / ab_t.sqrt() + (_sigma_bar(ab_s) - _sigma_bar(ab_t)) * slope) * ab_s.sqrt()
+        x = _euler(x, _eps(eps_model, x, t), ab_t, ab_s)
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #c2274238
+# %% ../nbs/02_solvers.ipynb #fedbc463
 def heun_sample(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -97,25 +101,23 @@ def heun_sample(
     alpha_bar_end: float = 1., # ᾱ of the result; 1 is clean
 ) -> Tensor: # (B, ...) float32 at least
     "Heun's method in σ/α, equation (3); two evaluations a step, except for the last."
-    x, times = _float(x), torch.as_tensor(timesteps).tolist()
-    for i, t, ab_t, ab_s in _intervals(times, alpha_bar, alpha_bar_end):
-        h = _sigma_bar(ab_s) - _sigma_bar(ab_t)
-        slope = eps_model(x, _batch_time(x, t)).to(x.dtype)
-        euler = (x / ab_t.sqrt() + h * slope) * ab_s.sqrt()
-        if i + 1 < len(times):
-            slope = (slope + eps_model(euler, _batch_time(x, times[i + 1])).to(x.dtype)) / 2
-        x = (x / ab_t.sqrt() + h * slope) * ab_s.sqrt()
+    x = _float(x)
+    for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
+        slope = _eps(eps_model, x, t)
+        if i + 1 < len(timesteps):
+            slope = (slope + _eps(eps_model, _euler(x, slope, ab_t, ab_s), int(timesteps[i + 1]))) / 2
+        x = _euler(x, slope, ab_t, ab_s)
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #ae036383
+# %% ../nbs/02_solvers.ipynb #152d7c4c
 def _dpm_update(x, x0, previous, ab_t, ab_s, h_previous):
     "Equation (5), with the extrapolation (6) if there is a previous estimate; returns x_s and h."
     h = (log_snr(ab_s) - log_snr(ab_t)) / 2
     if previous is not None: x0 = x0 + h / (2 * h_previous) * (x0 - previous)
     return ((1 - ab_s) / (1 - ab_t)).sqrt() * x - ab_s.sqrt() * torch.expm1(-h) * x0, h
 
-# %% ../nbs/02_solvers.ipynb #dcec7f61
+# %% ../nbs/02_solvers.ipynb #7dadcb93
 def dpm_solver_pp_2m(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -125,15 +127,15 @@ def dpm_solver_pp_2m(
     alpha_bar_end: float = 1., # ᾱ of the result; 1 is clean
 ) -> Tensor: # (B, ...) float32 at least
     "Second-order multistep DPM-Solver++, equations (5) and (6): PixArt-α's own sampler; one evaluation a step."
-    x, previous, h, last = _float(x), None, None, len(torch.as_tensor(timesteps)) - 1
+    x, previous, h = _float(x), None, None
     for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
-        x0 = eps_to_x0(x, eps_model(x, _batch_time(x, t)), ab_t)
-        x, h = _dpm_update(x, x0, previous if i < last else None, ab_t, ab_s, h)
+        x0 = eps_to_x0(x, _eps(eps_model, x, t), ab_t)
+        x, h = _dpm_update(x, x0, previous if i + 1 < len(timesteps) else None, ab_t, ab_s, h)
         previous = x0
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #dfc440cb
+# %% ../nbs/02_solvers.ipynb #5a002c58
 def dpm_timesteps(
     steps: int, # number of steps, below T
     T: int = 1000, # number of training timesteps
@@ -142,7 +144,7 @@ def dpm_timesteps(
     require(1 <= steps < T, f'steps is {steps}; it must lie in 1..{T - 1}, so pass for example steps=14.')
     return torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long().flip(0)[:-1]
 
-# %% ../nbs/02_solvers.ipynb #5d5371cd
+# %% ../nbs/02_solvers.ipynb #e5d92fc1
 def skip_grid(
     k: int = 20, # skipping interval, a divisor of T
     T: int = 1000, # number of training timesteps

@@ -1,0 +1,140 @@
+"Solvers: parity with diffusers, order of convergence against exact answers, and the skip grid."
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from pixart_delta_nb import schedules as S, solvers
+
+AB = S.alpha_bar_from_betas(S.linear_betas())
+LINEAR = dict(beta_schedule='linear', beta_start=1e-4, beta_end=.02)
+SAMPLERS = [solvers.ddim_sample, solvers.euler_sample, solvers.heun_sample, solvers.dpm_solver_pp_2m]
+
+
+def noise(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def network(x, t): return .9 * torch.tanh(1.3 * x + t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) / 1000)
+
+
+def gauss(x, t): return S.gaussian_eps(x, S.at(AB, t, x), .5)
+
+
+def reference(scheduler, steps, x):
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps: x = scheduler.step(network(x, t.repeat(len(x))), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 14, 15, 25])
+def test_dpm_solver_equals_diffusers(steps):
+    theirs = reference(DPMSolverMultistepScheduler(**LINEAR), steps, noise(2, 4, 8, 8))
+    ours = solvers.dpm_solver_pp_2m(network, noise(2, 4, 8, 8), solvers.dpm_timesteps(steps), AB)
+    assert (ours - theirs).norm() < 2e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize('steps', [1, 2, 4, 7, 14, 20, 33, 100, 999])
+def test_dpm_timesteps_equal_diffusers(steps):
+    theirs = DPMSolverMultistepScheduler(**LINEAR)
+    theirs.set_timesteps(steps)
+    assert solvers.dpm_timesteps(steps).tolist() == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize('k', [20, 50, 100])
+def test_ddim_on_the_skip_grid_equals_diffusers(k):
+    theirs = reference(DDIMScheduler(**LINEAR, timestep_spacing='trailing', clip_sample=False), 1000 // k, noise(2, 4, 8, 8))
+    ours = solvers.ddim_sample(network, noise(2, 4, 8, 8), solvers.skip_grid(k).flip(0), AB)
+    assert (ours - theirs).norm() < 2e-4 * theirs.norm()
+
+
+def test_ddim_step_equals_diffusers():
+    theirs = DDIMScheduler(**LINEAR, clip_sample=False, timestep_spacing='trailing')
+    theirs.set_timesteps(50)
+    x, eps = noise(2, 4, 8, 8), noise(2, 4, 8, 8, seed=1)
+    wanted = theirs.step(eps, 519, x).prev_sample
+    torch.testing.assert_close(solvers.ddim_step(x, eps, AB[519], AB[499]), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_ddim_step_takes_one_time_per_image():
+    x, eps, t = noise(3, 4, 2, 2), noise(3, 4, 2, 2, seed=1), torch.tensor([19, 500, 999])
+    batch = solvers.ddim_step(x, eps, S.at(AB, t, x), S.at(AB, t - 19, x))
+    single = torch.cat([solvers.ddim_step(x[i:i + 1], eps[i:i + 1], AB[t[i]], AB[t[i] - 19]) for i in range(3)])
+    torch.testing.assert_close(batch, single, rtol=1e-3, atol=1e-4)
+
+
+def test_ddim_is_euler():
+    x = noise(3, 5, dtype=torch.float64)
+    grid = [999, 640, 333, 19]
+    torch.testing.assert_close(solvers.ddim_sample(network, x, grid, AB), solvers.euler_sample(network, x, grid, AB), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('sampler, order', zip(SAMPLERS, (1, 1, 2, 2)))
+def test_order_of_convergence_on_gaussian_data(sampler, order):
+    N, std = 2048, .5
+    tau = torch.linspace(.05, 1, N + 1, dtype=torch.float64)
+    fine = (-(.1 * tau + 19.9 * tau**2 / 2)).exp()
+    model = lambda x, t: S.gaussian_eps(x, fine[t[0]], std)
+    x = torch.tensor([1.], dtype=torch.float64)
+    spread = lambda ab: (ab * std**2 + 1 - ab).sqrt()
+    exact = x * spread(fine[0]) / spread(fine[-1])
+    error = [(sampler(model, x, range(N, 0, -N // n), fine, alpha_bar_end=fine[0].item()) - exact).abs() for n in (256, 512)]
+    assert abs((error[0] / error[1]).log2() - order) < .15
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_many_steps_reach_the_gaussian_answer(sampler):
+    x = noise(8, 1, dtype=torch.float64)
+    torch.testing.assert_close(sampler(gauss, x, range(999, -1, -1), AB), S.gaussian_x0(x, AB[999], .5), rtol=.01, atol=1e-3)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_one_step_returns_the_estimate_of_the_clean_data(sampler):
+    x = noise(4, 3, dtype=torch.float64)
+    t = torch.full((4,), 700)
+    torch.testing.assert_close(sampler(network, x, [700], AB), S.eps_to_x0(x, network(x, t), AB[700]), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('sampler, wanted', zip(SAMPLERS, (6, 6, 11, 6)))
+def test_number_of_evaluations(sampler, wanted):
+    calls = []
+    def count(x, t):
+        assert t.shape == (len(x),) and t.dtype == torch.long
+        calls.append(t); return network(x, t)
+    sampler(count, noise(2, 3), solvers.dpm_timesteps(6), AB)
+    assert len(calls) == wanted
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_callback_sees_every_step(sampler):
+    seen = []
+    last = sampler(network, noise(2, 3), [999, 500, 19], AB, callback=lambda i, t, x: seen.append((i, t, x)))
+    assert [(i, t) for i, t, _ in seen] == [(0, 999), (1, 500), (2, 19)] and torch.equal(seen[-1][2], last)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_half_precision_input_is_widened_and_left_alone(sampler):
+    x = noise(2, 3).half(); before = x.clone()
+    assert sampler(network, x, [999, 19], AB).dtype == torch.float32 and torch.equal(x, before)
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('times, message', [([19, 999], 'must descend'), ([500, 500], 'must descend'), ([1000], '0..999'),
+                                            ([5, -1], '0..999'), ([], 'empty')])
+def test_bad_timesteps_are_refused(sampler, times, message):
+    with pytest.raises(ValueError, match=message): sampler(network, noise(2, 3), times, AB)
+
+
+def test_skip_grid_is_19_39_to_999():
+    assert solvers.skip_grid().tolist() == list(range(19, 1000, 20))
+
+
+def test_disagreement_3_first_interval_is_clamped_to_zero():
+    grid = solvers.skip_grid()
+    before = (grid - 20).clamp(min=0)
+    assert before[0] == 0 and torch.equal(before[1:], grid[:-1]) and AB[before[0]] == AB[0] < 1
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: solvers.skip_grid(30), 'k is 30'), (lambda: solvers.skip_grid(0), 'k is 0'),
+    (lambda: solvers.dpm_timesteps(0), 'steps is 0'), (lambda: solvers.dpm_timesteps(1000), 'steps is 1000')])
+def test_bad_grids_are_refused(call, message):
+    with pytest.raises(ValueError, match=message): call()
