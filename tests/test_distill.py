@@ -1,0 +1,213 @@
+"Latent consistency distillation: Algorithm 1 against a float64 transcription, its corner cases, and the loop."
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pixart_delta_nb.core import save_tensors
+from pixart_delta_nb.distill import (Batch, benchmark_step, draw_batch, guided_teacher_eps, lcd_step, lcd_train, load_latents,
+                                     pair_with_null, predict_eps, pseudo_huber)
+from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
+from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
+
+ALPHA_BAR = alpha_bar_from_betas(linear_betas())
+CONFIG = TransformerConfig(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, caption_channels=6,
+                           use_additional_conditions=False)
+LENGTHS = torch.tensor([2, 4, 1])
+N = torch.tensor([0, 49, 7])
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    return [PixArtTransformer(CONFIG).double().requires_grad_(i == 0) for i in range(3)]        # student, target, teacher
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
+    return Batch(draw(3, 4, 8, 8), draw(3, 4, 6), (torch.arange(4) < LENGTHS[:, None]).long(), draw(1, 1, 6))
+
+
+@pytest.fixture
+def noise(): return torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def literal_f(network, z, t, c):
+    x0 = (z - math.sqrt(1 - ALPHA_BAR[t])*network(z, torch.tensor([t]), c)[:, :4])/math.sqrt(ALPHA_BAR[t])
+    return .25/((10*t)**2 + .25)*z + 10*t/math.sqrt((10*t)**2 + .25)*x0
+
+
+def literal_psi(network, z, t, s, c):
+    eps = network(z, torch.tensor([t]), c)[:, :4]
+    return math.sqrt(ALPHA_BAR[s])*(z - math.sqrt(1 - ALPHA_BAR[t])*eps)/math.sqrt(ALPHA_BAR[t]) + math.sqrt(1 - ALPHA_BAR[s])*eps - z
+
+
+@pytest.mark.parametrize('omega', [0., 3.5, 4.5])
+def test_step_equals_the_literal_algorithm(networks, batch, noise, omega):
+    student, target, teacher = networks
+    losses = []
+    with torch.no_grad():
+        for b, i in enumerate(N.tolist()):
+            t, s = 20*i + 19, max(20*i - 1, 0)
+            c = batch.caption[b:b+1, :LENGTHS[b]]
+            z = math.sqrt(ALPHA_BAR[t])*batch.z[b:b+1] + math.sqrt(1 - ALPHA_BAR[t])*noise[b:b+1]
+            z_n = z + (1 + omega)*literal_psi(teacher, z, t, s, c) - omega*literal_psi(teacher, z, t, s, batch.null)
+            d = literal_f(student, z, t, c) - literal_f(target, z_n, s, c)
+            losses.append(((d**2 + 1e-6).sqrt() - 1e-3).mean().item())
+    loss = lcd_step(student, target, teacher, batch, ALPHA_BAR, omega, n=N, noise=noise)
+    assert abs(loss.item() - sum(losses)/3) < 1e-10
+
+
+def test_step_in_float32_is_close_to_float64(networks, batch, noise):
+    exact = lcd_step(*networks, batch, ALPHA_BAR, n=N, noise=noise).item()
+    light = Batch(*(v.float() if v is not None and v.is_floating_point() else v for v in batch))
+    single = lcd_step(*[m.float() for m in networks], light, ALPHA_BAR, n=N, noise=noise.float())
+    assert single.dtype == torch.float32 and single.item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_step_lifts_half_precision_networks_and_latents(batch, noise):
+    class Half(nn.Module):
+        def forward(self, x, t, caption, mask): return (0.1*x).half()
+    light = Batch(batch.z.half(), batch.caption.half(), batch.mask, batch.null.half())
+    assert lcd_step(Half(), Half(), Half(), light, ALPHA_BAR, n=N, noise=noise.half()).dtype == torch.float32
+
+
+def test_lowest_index_ignores_the_target(networks, batch, noise):
+    student, target, teacher = networks
+    low = torch.zeros(3, dtype=torch.long)
+    assert lcd_step(student, target, teacher, batch, ALPHA_BAR, n=low, noise=noise).item() == \
+           lcd_step(student, student, teacher, batch, ALPHA_BAR, n=low, noise=noise).item()
+
+
+def test_second_index_uses_the_target(networks, batch, noise):
+    student, target, teacher = networks
+    n = torch.ones(3, dtype=torch.long)
+    assert lcd_step(student, target, teacher, batch, ALPHA_BAR, n=n, noise=noise).item() != \
+           lcd_step(student, student, teacher, batch, ALPHA_BAR, n=n, noise=noise).item()
+
+
+def test_gradient_reaches_the_student_alone(networks, batch, noise):
+    student, target, teacher = networks
+    for network in (target, teacher): network.requires_grad_(True)
+    lcd_step(student, target, teacher, batch, ALPHA_BAR, n=N, noise=noise).backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for network in (target, teacher) for p in network.parameters())
+
+
+def test_step_draws_are_reproducible(networks, batch):
+    losses = [lcd_step(*networks, batch, ALPHA_BAR, generator=torch.Generator().manual_seed(s)).item() for s in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_omega_an_image_equals_the_scalar(networks, batch, noise):
+    scalar = lcd_step(*networks, batch, ALPHA_BAR, 3.5, n=N, noise=noise).item()
+    assert lcd_step(*networks, batch, ALPHA_BAR, torch.full((3,), 3.5), n=N, noise=noise).item() == pytest.approx(scalar, abs=1e-12)
+
+
+def test_guidance_is_the_pipelines_with_s_one_above_omega(networks, batch):
+    teacher, t = networks[2], torch.full((3,), 500)
+    cond = predict_eps(teacher, batch.z, t, batch.caption, batch.mask)
+    uncond = predict_eps(teacher, batch.z, t, batch.null.expand(3, -1, -1), torch.ones(3, 1))
+    ours = guided_teacher_eps(teacher, batch.z, t, batch, 3.5)
+    torch.testing.assert_close(ours, uncond + 4.5*(cond - uncond), rtol=0, atol=1e-12)
+
+
+def test_null_caption_keeps_its_own_mask(batch):
+    caption, mask = pair_with_null(batch)
+    assert caption.shape == (6, 4, 6) and mask[3:].tolist() == [[1, 0, 0, 0]]*3
+
+
+def test_null_longer_than_the_captions_pads_them(batch):
+    caption, mask = pair_with_null(batch._replace(null=batch.null.expand(1, 6, 6)))
+    assert caption.shape == (6, 6, 6) and mask.sum(1).tolist() == [2, 4, 1, 6, 6, 6]
+
+
+def test_draw_batch_cuts_to_the_longest_caption_and_follows_its_seed(batch):
+    data = batch._replace(mask=batch.mask.clone()); data.mask[1] = torch.tensor([1, 1, 1, 0])
+    a, b = (draw_batch(data, 32, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert a.caption.shape == (32, 3, 6) and torch.equal(a.z, b.z)
+
+
+def test_pseudo_huber_closed_form():
+    three, zero = torch.tensor([3e-3], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    assert pseudo_huber(three, zero, c=4e-3).item() == pytest.approx(1e-3, rel=1e-12)
+
+
+def test_pseudo_huber_lies_between_its_limits():
+    d = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value, absolute = pseudo_huber(d, torch.zeros_like(d)).item(), d.abs().mean().item()
+    assert absolute - 1e-3 < value < absolute
+
+
+def test_pseudo_huber_slope():
+    d = torch.linspace(-1, 1, 7, dtype=torch.float64, requires_grad=True)
+    slope, = torch.autograd.grad(pseudo_huber(d, torch.zeros_like(d)), d)
+    torch.testing.assert_close(slope, (d/(d**2 + 1e-6).sqrt()).detach()/7)
+
+
+@pytest.mark.parametrize('a, b, c, match', [((2, 4), (4,), 1e-3, 'must be equal'), ((2,), (2,), 0., 'must be positive')])
+def test_pseudo_huber_refuses(a, b, c, match):
+    with pytest.raises(ValueError, match=match): pseudo_huber(torch.zeros(a), torch.zeros(b), c)
+
+
+class Linear(nn.Module):
+    "The smallest network with the interface of a transformer."
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.9, 0.1]))
+    def forward(self, x, t, caption, mask): return self.weight[0]*x + self.weight[1]*caption.mean((1, 2)).reshape(-1, 1, 1, 1)
+
+
+def train_linear(batch, out, **options):
+    light = Batch(*(v.float() if v is not None and v.is_floating_point() else v for v in batch))
+    teacher = Linear()
+    return teacher, *lcd_train(teacher, light, ALPHA_BAR, out, **({'steps': 8, 'batch_size': 2, 'lr': 1e-3, 'warmup': 2, 'progress': False} | options))
+
+
+@pytest.mark.parametrize('average', [0., .9])
+def test_loop_resumes_bit_for_bit(batch, tmp_path, average):
+    _, whole, whole_target, log = train_linear(batch, tmp_path/'whole', average=average)
+    train_linear(batch, tmp_path/'parts', average=average, until=3)
+    _, parts, parts_target, log_again = train_linear(batch, tmp_path/'parts', average=average, resume=True)
+    assert torch.equal(whole.weight, parts.weight) and torch.equal(whole_target.weight, parts_target.weight) and log == log_again
+
+
+def test_loop_moves_the_student_and_leaves_the_teacher(batch, tmp_path):
+    teacher, student, _, _ = train_linear(batch, tmp_path)
+    assert torch.equal(teacher.weight, Linear().weight) and not torch.equal(student.weight, teacher.weight)
+
+
+def test_target_is_the_average_of_algorithm_1(batch, tmp_path):
+    runs = [train_linear(batch, tmp_path/str(i), mu=.7, until=i, steps=3) for i in (1, 2, 3)]
+    expected = .7**3*Linear().weight + .3*sum(.7**(3 - i)*run[1].weight for i, run in enumerate(runs, 1))
+    torch.testing.assert_close(runs[-1][2].weight, expected.detach())
+
+
+@pytest.mark.parametrize('options, match', [({'mu': 95}, 'mu=95 must lie between 0 and 1'), ({'lr': 1e-3, 'k': 7}, 'k is 7')])
+def test_loop_refuses(batch, tmp_path, options, match):
+    with pytest.raises(ValueError, match=match): train_linear(batch, tmp_path, **options)
+
+
+def test_loop_refuses_captions_that_do_not_match(batch, tmp_path):
+    with pytest.raises(ValueError, match='3 latents and 2 captions'): train_linear(batch._replace(caption=batch.caption[:2]), tmp_path)
+
+
+def test_latents_round_trip(batch, tmp_path):
+    save_tensors(tmp_path/'d.safetensors', dict(zip(('latents', 'captions', 'mask', 'null'), batch)))
+    data = load_latents(tmp_path/'d.safetensors')
+    assert all(torch.equal(a, b) for a, b in zip(data[:4], batch[:4])) and data.null_mask is None
+
+
+def test_latents_name_what_is_missing(batch, tmp_path):
+    save_tensors(tmp_path/'d.safetensors', {'latents': batch.z})
+    with pytest.raises(ValueError, match='lacks captions, mask, null'): load_latents(tmp_path/'d.safetensors')
+
+
+def test_benchmark_reports_its_floor(networks, batch):
+    light = Batch(*(v.float() if v is not None and v.is_floating_point() else v for v in batch))
+    cost = benchmark_step(*[m.float() for m in networks], light, ALPHA_BAR, repeats=2)
+    assert cost['floor_seconds'] == pytest.approx(6*cost['forward_seconds']) and cost['ratio'] > 0
+    assert cost['ratio'] == pytest.approx(cost['step_seconds']/cost['floor_seconds'])
