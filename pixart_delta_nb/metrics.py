@@ -7,7 +7,7 @@ __all__ = ['Evaluator', 'mirror_labels', 'augment', 'evaluator_loss', 'train_eva
            'attribute_accuracy', 'save_evaluator', 'load_evaluator', 'make_evaluator', 'frechet_distance',
            'ImageNetFeatures', 'imagenet_features']
 
-# %% ../nbs/13_metrics.ipynb #6ff1651f
+# %% ../nbs/13_metrics.ipynb #774b2edd
 import json, time
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -15,7 +15,7 @@ import pixart_delta_nb
 from .core import load_tensors, require, save_tensors
 from .scenes import ATTRIBUTES, LAYOUTS, attributes, make, render_many
 
-# %% ../nbs/13_metrics.ipynb #fbeabb4c
+# %% ../nbs/13_metrics.ipynb #f3c973bf
 class Evaluator(nn.Module):
     """Reads each attribute of `scenes.ATTRIBUTES` off an image.
 
@@ -38,7 +38,7 @@ class Evaluator(nn.Module):
         h = self.features(images)                                              # (B, 128)
         return [head(h) for head in self.heads]                                # A of (B, classes)
 
-# %% ../nbs/13_metrics.ipynb #b45c391c
+# %% ../nbs/13_metrics.ipynb #0d7fac9f
 def mirror_labels(labels: torch.Tensor, # (N, A) class indices, -1 where unknown
                  ) -> torch.Tensor: # (N, A)
     "Labels of the same scenes flipped left to right."
@@ -52,7 +52,7 @@ def mirror_labels(labels: torch.Tensor, # (N, A) class indices, -1 where unknown
             out[rows, i], out[rows, j] = labels[rows, j], labels[rows, i]
     return out
 
-# %% ../nbs/13_metrics.ipynb #cdc21220
+# %% ../nbs/13_metrics.ipynb #c1742c4a
 def augment(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
             generator: torch.Generator, # decides every strength
            ) -> torch.Tensor: # (B, 3, H, W) in [0, 1]
@@ -68,13 +68,13 @@ def augment(images: torch.Tensor, # (B, 3, H, W) in [0, 1]
     images = images*(.92 + .16*u[0])
     return (images + .04*u[1]*torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
-# %% ../nbs/13_metrics.ipynb #8924da90
+# %% ../nbs/13_metrics.ipynb #33097781
 def evaluator_loss(logits, labels): # A tensors (B, classes); (B, A) with -1 ignored
     "Cross-entropy averaged over the known labels, equation (1): a scalar."
     losses = [F.cross_entropy(l, labels[:, a], ignore_index=-1, reduction='sum') for a, l in enumerate(logits)]
     return torch.stack(losses).sum()/(labels >= 0).sum().clamp_min(1)
 
-# %% ../nbs/13_metrics.ipynb #3ceb469d
+# %% ../nbs/13_metrics.ipynb #1e122399
 def _optimisers(model, lr):
     "Muon for the matrices of the body, AdamW for the rest, each with its base rate."
     from pixart_delta_nb.training import Muon
@@ -94,7 +94,7 @@ def _step(model, optimisers, images, labels, scale, generator):
         o.step(); o.zero_grad()
     return loss.item()
 
-# %% ../nbs/13_metrics.ipynb #c993644d
+# %% ../nbs/13_metrics.ipynb #7881de6c
 def train_evaluator(images: torch.Tensor, # uint8 (N, 3, 128, 128)
                     labels: torch.Tensor, # (N, A) class indices, -1 where unknown
                     steps: int, # updates
@@ -118,7 +118,7 @@ def train_evaluator(images: torch.Tensor, # uint8 (N, 3, 128, 128)
         if log and step % 50 == 0: log(step, loss)
     return model.eval()
 
-# %% ../nbs/13_metrics.ipynb #dc9f82e7
+# %% ../nbs/13_metrics.ipynb #86251b30
 def _check_training(images, labels, steps):
     "The rules of `train_evaluator`."
     require(images.dtype == torch.uint8 and images.shape[1:] == (3, 128, 128) and len(images) > 0,
@@ -127,7 +127,7 @@ def _check_training(images, labels, steps):
             f'labels have shape {tuple(labels.shape)}; they need one row an image and {len(ATTRIBUTES)} columns, so stack scenes.attributes.')
     require(steps >= 1, f'steps is {steps}; training needs at least one, so pass steps=700.')
 
-# %% ../nbs/13_metrics.ipynb #3fb7ce6a
+# %% ../nbs/13_metrics.ipynb #5340324a
 def _unit(images):
     "Images as floats in [0, 1]; ValueError on another shape or range."
     require(images.ndim == 4 and images.shape[1] == 3 and len(images) > 0,
@@ -146,7 +146,7 @@ def read_attributes(evaluator: nn.Module, # an `Evaluator`
     device = next(evaluator.parameters()).device
     return torch.cat([torch.stack([l.argmax(-1) for l in evaluator(_unit(x).to(device))], 1).cpu() for x in images.split(batch)])
 
-# %% ../nbs/13_metrics.ipynb #6044c24a
+# %% ../nbs/13_metrics.ipynb #07f79159
 def bootstrap_interval(correct: torch.Tensor, # (N,) right answers an image
                        said: torch.Tensor, # (N,) questions an image
                        draws: int = 1000, # resampled data sets
@@ -158,7 +158,7 @@ def bootstrap_interval(correct: torch.Tensor, # (N,) right answers an image
     ratio = correct.double()[index].sum(1)/said.double()[index].sum(1).clamp_min(1)
     return torch.quantile(ratio, torch.tensor([.025, .975], dtype=torch.float64)).tolist()
 
-# %% ../nbs/13_metrics.ipynb #cfb658b9
+# %% ../nbs/13_metrics.ipynb #13fffb9b
 def attribute_accuracy(evaluator: nn.Module, # an `Evaluator`
                        images: torch.Tensor, # (N, 3, 128, 128), uint8 or floats in [0, 1]
                        labels: torch.Tensor, # (N, A) class indices, -1 where unsaid or absent
@@ -180,7 +180,7 @@ def attribute_accuracy(evaluator: nn.Module, # an `Evaluator`
             'objects': {str(n): ratio(count == n, whole) for n in sorted(set(count.tolist())) if said[count == n].any()},
             'images': len(images)}
 
-# %% ../nbs/13_metrics.ipynb #37aaff4b
+# %% ../nbs/13_metrics.ipynb #f4e0f3e5
 def save_evaluator(model, folder, metadata): # an Evaluator; gets evaluator.safetensors; what was measured
     "Write the weights in half precision with what was measured, atomically; return the path."
     return save_tensors(Path(folder)/'evaluator.safetensors', {k: v.half() for k, v in model.state_dict().items()}, metadata)
@@ -196,7 +196,7 @@ def load_evaluator(folder: str | Path | None = None, # holds evaluator.safetenso
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     return model.eval()
 
-# %% ../nbs/13_metrics.ipynb #fb637040
+# %% ../nbs/13_metrics.ipynb #a20ffbc8
 def make_evaluator(folder: str | Path, # where to save
                    count: int = 8000, # training scenes, of data set 7
                    steps: int = 700, # updates
@@ -215,7 +215,7 @@ def make_evaluator(folder: str | Path, # where to save
                                    'scenes': str(count), 'steps': str(steps), 'seconds': f'{time.time() - started:.0f}'})
     return accuracy
 
-# %% ../nbs/13_metrics.ipynb #2ac607bb
+# %% ../nbs/13_metrics.ipynb #b5665389
 class _Features(nn.Module):
     "The feature layer of a network as torchmetrics wants it: a module with `num_features`."
     def __init__(self, network, example):
@@ -225,7 +225,7 @@ class _Features(nn.Module):
         else: self.num_features = int(network.num_features)
     def forward(self, images): return self.extract(images).double()             # (B, num_features), float64 to the end
 
-# %% ../nbs/13_metrics.ipynb #79226d2a
+# %% ../nbs/13_metrics.ipynb #256dae68
 @torch.no_grad()
 def frechet_distance(real: torch.Tensor, # (N, 3, H, W), uint8 or floats in [0, 1]
                      fake: torch.Tensor, # (M, 3, H, W), likewise; keep N and M the same in every comparison
@@ -242,7 +242,7 @@ def frechet_distance(real: torch.Tensor, # (N, 3, H, W), uint8 or floats in [0, 
         for x in images.split(batch): metric.update(_unit(x).to(device), real=is_real)
     return metric.compute().item()
 
-# %% ../nbs/13_metrics.ipynb #3e8675f2
+# %% ../nbs/13_metrics.ipynb #b68c806f
 class ImageNetFeatures(nn.Module):
     "EfficientNet-Lite0 without its classifier: images (B, 3, H, W) in [0, 1] to (B, 1280)."
     num_features = 1280

@@ -52,7 +52,18 @@ def test_import_loads_neither_diffusers_nor_transformers():
 
 
 def test_tokenizer_spells_unknown_words(pipe):
-    assert pipe.tokenizer('')['input_ids'] == [1] and 2 not in pipe.tokenizer('Quizzical zebra!')['input_ids']
+    assert pipe.tokenizer('')['input_ids'] == [1] and 2 not in pipe.tokenizer('quizzical zebra!')['input_ids']
+
+
+def test_tokenizer_survives_saving(pipe, tmp_path):
+    from transformers import T5Tokenizer
+    pipe.tokenizer.save_pretrained(tmp_path)
+    assert T5Tokenizer.from_pretrained(tmp_path)(CAPTIONS)['input_ids'] == pipe.tokenizer(CAPTIONS)['input_ids']
+
+
+def test_case_does_not_matter(pipe):
+    a, b = (encode_captions(pipe.tokenizer, pipe.text_encoder, [c])[0] for c in ('a red ball', 'A Red BALL '))
+    assert torch.equal(a, b)
 
 
 def test_padding_leaves_states_alone(pipe):
