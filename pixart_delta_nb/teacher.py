@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BETAS', 'PARTS', 'build_vae', 'vae_loss', 'pixels', 'crops', 'train_vae', 'build_tokenizer', 'build_text_encoder',
-           'encode_captions', 'null_caption', 'Reader', 'train_text_encoder', 'guided_eps', 'Pipeline', 'alpha_bar_of',
-           'no_bars', 'save_card', 'save_pipeline', 'check_files', 'check_folder', 'read_betas', 'load_part', 'shipped',
-           'load_pipeline', 'precompute', 'loss_weight', 'initialise', 'drop_captions', 'train_teacher']
+           'encode_captions', 'null_caption', 'no_bars', 'Reader', 'train_text_encoder', 'guided_eps', 'Pipeline',
+           'alpha_bar_of', 'save_card', 'save_pipeline', 'check_files', 'check_folder', 'read_betas', 'load_part',
+           'shipped', 'load_pipeline', 'precompute', 'loss_weight', 'initialise', 'drop_captions', 'train_teacher']
 
-# %% ../nbs/07b_teacher.ipynb #8fd0e3f8
+# %% ../nbs/07b_teacher.ipynb #9f352753
 import collections, contextlib, copy, json, math, tempfile, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from .schedules import add_noise, alpha_bar_from_betas, at, linear_betas, scaled
 from .training import EMA, early_decay, optimisers, train, warm_constant_decay
 from .transformer import PixArtTransformer, TransformerConfig, read_json
 
-# %% ../nbs/07b_teacher.ipynb #bf6881f3
+# %% ../nbs/07b_teacher.ipynb #4db54e43
 def build_vae(**overrides):
     "A random diffusers AutoencoderKL: 8x smaller, 4 channels, narrow. overrides: entries of its config."
     from diffusers import AutoencoderKL
@@ -37,7 +37,7 @@ def vae_loss(vae, images, generator):
     e = vae.decode(z + .1*noise).sample - images                                           # (B, 3, H, W)
     return e.abs().mean() + (e.diff(dim=-1).abs().mean() + e.diff(dim=-2).abs().mean()) + 1e-3*z.square().mean()
 
-# %% ../nbs/07b_teacher.ipynb #62d8b88d
+# %% ../nbs/07b_teacher.ipynb #33a23dd9
 def pixels(images, i):
     "Picture i as float (3, H, W) in [-1, 1]. images: uint8 array or tensor (N, 3, H, W), or a data set of {'image', 'caption'}."
     x = images[i]
@@ -67,7 +67,7 @@ def train_vae(images, out, steps=1800, batch=8, seed=0, vae=None, device='cpu', 
     vae.eval().save_pretrained(Path(out)/'vae')
     return vae
 
-# %% ../nbs/07b_teacher.ipynb #a7b52c54
+# %% ../nbs/07b_teacher.ipynb #9c88ece6
 def build_tokenizer(captions, max_length=120):
     "A T5Tokenizer over the words of `captions` single characters as the fallback; the same before and after saving. Raises ValueError without captions."
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -91,7 +91,7 @@ def build_text_encoder(vocab, **overrides):
                   is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False)
     return T5EncoderModel(T5Config(**config | overrides)).eval()
 
-# %% ../nbs/07b_teacher.ipynb #de543ddd
+# %% ../nbs/07b_teacher.ipynb #e38754e4
 def encode_captions(tokenizer, text_encoder, captions, max_length=120, batch=500):
     """Hidden states of captions, padded to the longest one.
 
@@ -118,7 +118,16 @@ def null_caption(tokenizer, text_encoder):
     "The caption that says nothing, T5(\"\"), with its own mask: (1, 1, C) and (1, 1)."
     return encode_captions(tokenizer, text_encoder, [''])
 
-# %% ../nbs/07b_teacher.ipynb #413946dd
+# %% ../nbs/07b_teacher.ipynb #7eb7f1b0
+@contextlib.contextmanager
+def no_bars():
+    "Without transformers' progress bars."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally: shown and logging.enable_progress_bar()
+
 class Reader(nn.Module):
     "One linear head for each attribute over the mean hidden state. sizes: classes of each, 'unsaid' is added as the last."
     def __init__(self, width, sizes):
@@ -156,7 +165,7 @@ def train_text_encoder(captions, labels, sizes, out, steps=400, batch=64, seed=0
     with torch.no_grad(): guess = torch.stack([o.argmax(1) for o in read(torch.arange(n, len(captions)))], 1)   # (held_out, K)
     return tokenizer, text_encoder, (guess == y[n:]).float().mean(0)
 
-# %% ../nbs/07b_teacher.ipynb #f220cfa3
+# %% ../nbs/07b_teacher.ipynb #88126e42
 def guided_eps(transformer, x, t, caption, mask, null, null_mask, guidance_scale, **conditions):
     """Classifier-free guidance (eq. 2) in one batched call.
 
@@ -171,7 +180,7 @@ def guided_eps(transformer, x, t, caption, mask, null, null_mask, guidance_scale
     uncond, cond = out[:, :x.shape[1]].chunk(2)                                            # (B, C, H, W) each
     return uncond + guidance_scale*(cond - uncond)
 
-# %% ../nbs/07b_teacher.ipynb #50db0877
+# %% ../nbs/07b_teacher.ipynb #18930e5a
 @dataclass
 class Pipeline:
     "vae, tokenizer, text_encoder, transformer; alpha_bar (T,) float64; scaling_factor of the latents; config: betas, card, where it came from."
@@ -202,18 +211,9 @@ def alpha_bar_of(betas):
     require(betas['beta_schedule'] in makers, f'the beta schedule is {betas["beta_schedule"]!r}, but linear or scaled_linear is needed: use a PixArt scheduler.')
     return alpha_bar_from_betas(makers[betas['beta_schedule']](betas['num_train_timesteps'], betas['beta_start'], betas['beta_end']))
 
-# %% ../nbs/07b_teacher.ipynb #621c399a
+# %% ../nbs/07b_teacher.ipynb #b9c53d14
 PARTS = {'vae': ('diffusers', 'AutoencoderKL'), 'text_encoder': ('transformers', 'T5EncoderModel'), 'tokenizer': ('transformers', 'T5Tokenizer'),
          'transformer': ('diffusers', 'PixArtTransformer2DModel'), 'scheduler': ('diffusers', 'DPMSolverMultistepScheduler')}
-
-@contextlib.contextmanager
-def no_bars():
-    "Without transformers' progress bars."
-    from transformers.utils import logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try: yield
-    finally: shown and logging.enable_progress_bar()
 
 def save_card(folder, **facts):
     "Write card.json into `folder`: `facts`, and the SHA-256 of every other file in it."
@@ -239,7 +239,7 @@ def save_pipeline(pipe, folder, dtype=torch.float32, **facts):
     write_atomic(folder/'model_index.json', lambda path: path.write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8'))
     save_card(folder, **facts, betas=betas, scaling_factor=pipe.scaling_factor)
 
-# %% ../nbs/07b_teacher.ipynb #57ac77fc
+# %% ../nbs/07b_teacher.ipynb #2acd3675
 def check_files(folder):
     "The card of a folder ({} if it has none), after comparing every checksum and opening every safetensors file."
     from safetensors import SafetensorError, safe_open
@@ -272,7 +272,7 @@ def read_betas(folder, card):
     if 'betas' in card: require(betas == card['betas'], f'the scheduler of {folder} has {betas}, but the weights were trained with {card["betas"]}: restore scheduler_config.json.')
     return betas
 
-# %% ../nbs/07b_teacher.ipynb #785edb6e
+# %% ../nbs/07b_teacher.ipynb #4008bdbb
 def load_part(cls, folder, **options):
     "A network from its folder, without a progress bar; ValueError where it is damaged or lacks tensors."
     reason = ''
@@ -310,7 +310,7 @@ def load_pipeline(folder=None, student=None, dtype=torch.float32):
     config = {'betas': betas, 'folder': str(folder), 'student': student and str(student), 'card': card} | ({'student_card': student_card} if student else {})
     return Pipeline(vae, tokenizer, text_encoder, transformer, alpha_bar_of(betas), vae.config.scaling_factor, config)
 
-# %% ../nbs/07b_teacher.ipynb #67b2ddf7
+# %% ../nbs/07b_teacher.ipynb #ee5fc1bb
 def precompute(vae, tokenizer, text_encoder, images, captions=None, out=None, scaling_factor=None, batch=32):
     """D_z of Algorithm 1. images, captions: as in `pixels`, with N texts; captions None: images is a data set of items.
 
@@ -330,7 +330,7 @@ def precompute(vae, tokenizer, text_encoder, images, captions=None, out=None, sc
     if out: save_tensors(out, data)
     return data
 
-# %% ../nbs/07b_teacher.ipynb #1457b7e1
+# %% ../nbs/07b_teacher.ipynb #ab239f08
 def loss_weight(alpha_bar_t):
     "w_t of eq. 3 for ᾱ_t of any shape."
     return .5 + (1/snr(alpha_bar_t)).clamp_max(5.)
@@ -353,7 +353,7 @@ def drop_captions(h, mask, null, generator, rate=.1):
     mask[drop] = False; mask[drop, 0] = True
     return h, mask
 
-# %% ../nbs/07b_teacher.ipynb #cc1de9a6
+# %% ../nbs/07b_teacher.ipynb #118ba909
 def train_teacher(data, out, steps=20000, config=None, batch=48, seed=0, device='cpu', **options):
     """Train the guided latent diffusion model on D_z.
 
