@@ -6,7 +6,7 @@
 __all__ = ['app', 'Folder', 'Device', 'Resume', 'Data', 'Steps', 'generate', 'reproduce', 'open_data', 'render', 'train_vae',
            'train_text', 'train_teacher', 'distill', 'train_evaluator', 'evaluate', 'check_writable', 'main']
 
-# %% ../nbs/16_cli.ipynb #622e9a28
+# %% ../nbs/16_cli.ipynb #e2ea709c
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -17,7 +17,7 @@ Folder = Annotated[Path, typer.Option(help='Folder to write to.')]
 Device = Annotated[str, typer.Option(help='cpu, cuda or cuda:0.')]
 Resume = Annotated[bool, typer.Option(help='Go on from the last checkpoint in --out.')]
 
-# %% ../nbs/16_cli.ipynb #624bfe21
+# %% ../nbs/16_cli.ipynb #7a0d0edc
 @app.command()
 def generate(caption: Annotated[str, typer.Argument(help='What to draw.')],
              steps: Annotated[int, typer.Option(help='Network evaluations of the student.')] = 4,
@@ -38,7 +38,7 @@ def generate(caption: Annotated[str, typer.Argument(help='What to draw.')],
     write_atomic(out, lambda p: image.save(p, format='PNG'))
     typer.echo(f'{out}: {steps} step{"s"*(steps > 1)}, {seconds:.2f} s for text and sampling')
 
-# %% ../nbs/16_cli.ipynb #ec16d8ef
+# %% ../nbs/16_cli.ipynb #6f7b95bf
 @app.command()
 def reproduce(out: Folder = Path('out/reproduce'),
               images: Annotated[int, typer.Option(help='Images a method for the quality figures.')] = 256):
@@ -51,7 +51,7 @@ def reproduce(out: Folder = Path('out/reproduce'),
         typer.echo(f"batch {s['batch']}: student 4 against teacher 14: {s['evaluation_ratio']:.1f} times fewer evaluations, denoising {s['denoising_ratio']:.2f} times, end to end {s['end_to_end_ratio']:.2f} times faster")
     typer.echo(f'{out}/report.html')
 
-# %% ../nbs/16_cli.ipynb #895c2786
+# %% ../nbs/16_cli.ipynb #d518ac9a
 def open_data(folder):
     "Pictures to index, captions, and the attributes' classes (None for a user's folder)."
     import json
@@ -78,7 +78,7 @@ def render(out: Folder = Path('data/scenes'), count: Annotated[int, typer.Option
     save_tensors(out/'scenes.safetensors', {'images': images, 'labels': labels})
     typer.echo(f'{out}: {count} scenes')
 
-# %% ../nbs/16_cli.ipynb #d7480a0e
+# %% ../nbs/16_cli.ipynb #5bfce906
 Data = Annotated[Path, typer.Option(help='Folder of `render`, or of captioned pictures.')]
 Steps = Annotated[int, typer.Option(help='Optimiser steps.')]
 
@@ -102,7 +102,7 @@ def train_text(data: Data = Path('data/scenes'), out: Folder = Path('runs/text')
     accuracy = teacher.train_text_encoder(captions, labels, [len(v) for v in ATTRIBUTES.values()], out, steps, resume=resume)[-1]
     typer.echo(f'{out}: names {accuracy.mean():.4f} of the attributes of held-out captions')
 
-# %% ../nbs/16_cli.ipynb #d8482485
+# %% ../nbs/16_cli.ipynb #adafd8c8
 @app.command()
 def train_teacher(data: Data = Path('data/scenes'), vae: Annotated[Path, typer.Option(help='Folder of train-vae.')] = Path('runs/vae'),
                   text: Annotated[Path, typer.Option(help='Folder of train-text.')] = Path('runs/text'),
@@ -134,7 +134,7 @@ def distill(teacher: Annotated[Path, typer.Option(help='Folder of train-teacher.
     algorithm.distill(teacher/'pipeline', teacher/'latents.safetensors', out, steps, lr=lr, omega=omega, resume=resume, device=device, clip=1., average=.995)
     typer.echo(f'{out}/pipeline')
 
-# %% ../nbs/16_cli.ipynb #444445d0
+# %% ../nbs/16_cli.ipynb #864f58ea
 @app.command()
 def train_evaluator(out: Folder = Path('runs/evaluator')):
     "Render scenes for the judge alone, train it, and print its accuracy on held-out renders."
@@ -152,7 +152,7 @@ def evaluate(teacher: Annotated[Optional[Path], typer.Option(help='Pipeline fold
     found = results.reproduce(out, images, teacher, student, f'pixart-delta evaluate --images {images}')
     typer.echo(results.table_text(found))
 
-# %% ../nbs/16_cli.ipynb #c24c8fd1
+# %% ../nbs/16_cli.ipynb #e418a1d1
 def check_writable(folder):
     "Make `folder`; one sentence if that cannot be."
     import os

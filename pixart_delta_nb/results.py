@@ -6,11 +6,10 @@
 __all__ = ['METHODS', 'Method', 'sample', 'counted', 'timed', 'median', 'measure_speed', 'prompts', 'real_images', 'images_of',
            'measure', 'draw_strip', 'draw_quality', 'rows_of', 'table_text', 'report_html', 'reproduce']
 
-# %% ../nbs/14_results.ipynb #758cbb3b
-import base64, contextlib, html, json, time
+# %% ../nbs/14_results.ipynb #2e8c5135
+import base64, contextlib, html, json, textwrap, time
 from dataclasses import dataclass
 from pathlib import Path
-import random
 import torch
 from tqdm.auto import tqdm
 from .core import image_grid, provenance, require, use_style, write_atomic, PALETTE
@@ -19,7 +18,7 @@ from .sampling import decode, sample_student, sample_teacher
 from .scenes import attributes, make, render
 from .teacher import encode_captions, load_pipeline
 
-# %% ../nbs/14_results.ipynb #e4cea76b
+# %% ../nbs/14_results.ipynb #8751e68d
 @dataclass(frozen=True)
 class Method:
     "One row of the table: whose network, how many steps."
@@ -30,7 +29,7 @@ class Method:
 
 METHODS = (Method('teacher', 14), Method('teacher', 4), Method('student', 8), Method('student', 4), Method('student', 2), Method('student', 1))
 
-# %% ../nbs/14_results.ipynb #7cfd0fbe
+# %% ../nbs/14_results.ipynb #8658eca9
 def sample(teacher, # pipeline of the teacher
            student, # pipeline of the student
            method: Method, # what to run
@@ -44,7 +43,7 @@ def sample(teacher, # pipeline of the teacher
         return sample_teacher(teacher, captions, steps=method.steps, guidance_scale=guidance_scale, seeds=seeds, batch_size=batch_size)
     return sample_student(student, captions, steps=method.steps, seeds=seeds, batch_size=batch_size)
 
-# %% ../nbs/14_results.ipynb #d755feb3
+# %% ../nbs/14_results.ipynb #bb828fda
 @contextlib.contextmanager
 def counted(transformer):
     "Counts the rows that pass through `transformer`; read `.rows` of what is yielded."
@@ -53,7 +52,7 @@ def counted(transformer):
     try: yield Count
     finally: handle.remove()
 
-# %% ../nbs/14_results.ipynb #6f43d3c2
+# %% ../nbs/14_results.ipynb #18c2f235
 def timed(f):
     "Seconds that `f()` takes, and what it returns."
     if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -83,7 +82,7 @@ def measure_speed(teacher, student, captions, repeats=3):
     return {'batch': len(captions), 'methods': out, 'evaluation_ratio': a['evaluations']/b['evaluations'],
             'denoising_ratio': a['sampling']/b['sampling'], 'end_to_end_ratio': whole(a)/whole(b)}
 
-# %% ../nbs/14_results.ipynb #ae1b690c
+# %% ../nbs/14_results.ipynb #8d23f84a
 def prompts(seed: int, # of the scenes; not one used in training
             count: int, # how many
             pairs='seen', # 'seen', 'unseen' or 'any' colour-shape pairs
@@ -104,7 +103,7 @@ def images_of(teacher, student, method, captions, batch_size=32):
         out.append(decode(pipe, sample(teacher, student, method, part, list(range(i, i + len(part))), batch_size=batch_size)))
     return torch.cat(out)
 
-# %% ../nbs/14_results.ipynb #970ef365
+# %% ../nbs/14_results.ipynb #1cbbe47a
 def measure(teacher, student, evaluator, images=256, batch=16, seed=101, methods=METHODS, imagenet=True):
     "Quality of every method on the same captions and noise, and the speed of teacher 14 against student 4."
     captions, labels = prompts(seed, images)
@@ -121,11 +120,14 @@ def measure(teacher, student, evaluator, images=256, batch=16, seed=101, methods
     speed = [measure_speed(teacher, student, (captions*batch)[:b]) for b in (1, batch)]
     return {'images': images, 'caption_seed': seed, 'quality': table, 'renders': floor, 'speed': speed}
 
-# %% ../nbs/14_results.ipynb #6f92ebfb
+# %% ../nbs/14_results.ipynb #c0e055da
 def draw_strip(teacher, student, captions, methods=METHODS):
     "Figure: rows are captions, columns are methods, the same noise along a row."
     images = torch.stack([images_of(teacher, student, m, captions) for m in methods], 1)
-    return image_grid(images, row_labels=captions, column_labels=[f'{m.network}\n{m.steps} step' + 's'*(m.steps > 1) for m in methods])
+    rows = ['\n'.join(textwrap.wrap(caption, 28)) for caption in captions]
+    fig = image_grid(images, row_labels=rows, column_labels=[f'{m.network}\n{m.steps} step' + 's'*(m.steps > 1) for m in methods])
+    fig.set_size_inches(1.25*len(methods) + 2.4, 1.25*len(captions) + .4)          # room for the captions
+    return fig
 
 def draw_quality(results):
     "Figure: attribute accuracy and Fréchet distance against network evaluations, from the results alone."
@@ -142,7 +144,7 @@ def draw_quality(results):
     fig.tight_layout()
     return fig
 
-# %% ../nbs/14_results.ipynb #d6314e53
+# %% ../nbs/14_results.ipynb #e710e953
 def rows_of(results):
     "Header and rows of the table, as strings."
     seconds = {m: p['sampling']/results['speed'][-1]['batch'] for m, p in results['speed'][-1]['methods'].items()}
@@ -169,7 +171,7 @@ def report_html(results, pictures):
             f"<p>The evaluator reads {results['renders']['accuracy']['overall']:.3f} of the attributes on renders of the same captions.</p>{speed}{figures}"
             f"<h2>Provenance</h2><pre>{html.escape(json.dumps(results['provenance'], indent=1))}</pre>")
 
-# %% ../nbs/14_results.ipynb #c7777ad8
+# %% ../nbs/14_results.ipynb #24b4007a
 def reproduce(out, # folder to write
               images=256, # images a method for the quality figures
               weights=None, # folder of the teacher; the shipped one if None
