@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import pixart_delta_nb
 from .core import require, seed_everything, save_tensors, sha256, write_atomic
 from .schedules import add_noise, alpha_bar_from_betas, at, linear_betas, scaled_linear_betas, snr
-from .training import EMA, early_decay, optimisers, train, warm_constant_decay
+from .training import EMA, bfloat16_products, early_decay, optimisers, train, warm_constant_decay
 from .transformer import PixArtTransformer, TransformerConfig, read_json
 
 # %% ../nbs/07b_teacher.ipynb #4db54e43
@@ -354,17 +354,17 @@ def drop_captions(h, mask, null, generator, rate=.1):
     return h, mask
 
 # %% ../nbs/07b_teacher.ipynb #118ba909
-def train_teacher(data, out, steps=20000, config=None, batch=48, seed=0, device='cpu', **options):
+def train_teacher(data, out, steps=20000, config=None, batch=96, seed=0, device='cpu', transformer=None, bf16=False, **options):
     """Train the guided latent diffusion model on D_z.
 
-    data: of `precompute`. out: folder of the checkpoint. config: TransformerConfig, None for the workshop's. options: of
-    `train`. Returns the moving average of the transformer, to be put into a Pipeline. Raises ValueError on other widths."""
+    data: of `precompute`. out: folder of the checkpoint. config: TransformerConfig, None for the workshop's. transformer: to
+    continue from, None for a new one. bf16: products in bfloat16. options: of `train`. Returns the moving average of the transformer, to be put into a Pipeline. Raises ValueError on other widths."""
     z, h, mask, null = data['latents'], data['captions'], data['mask'], data['null']
-    config = config or TransformerConfig(num_attention_heads=6, attention_head_dim=32, num_layers=14, sample_size=z.shape[-1],
+    config = transformer.config if transformer else config or TransformerConfig(num_attention_heads=6, attention_head_dim=32, num_layers=14, sample_size=z.shape[-1],
                                          caption_channels=h.shape[-1], use_additional_conditions=False)
     require(config.caption_channels == h.shape[-1], f'the config reads captions of width {config.caption_channels}, but the data has {h.shape[-1]}: set caption_channels.')
     generator, alpha_bar = seed_everything(seed), alpha_bar_of(BETAS)
-    model = initialise(PixArtTransformer(config)).to(device)
+    model = (copy.deepcopy(transformer).train().requires_grad_(True) if transformer else initialise(PixArtTransformer(config))).to(device)
     ema = EMA(model)
     def step_fn(step, steps):
         i, t = (torch.randint(0, n, (batch,), generator=generator) for n in (len(z), len(alpha_bar)))
@@ -373,10 +373,10 @@ def train_teacher(data, out, steps=20000, config=None, batch=48, seed=0, device=
         eps = torch.randn(batch, *z.shape[1:], generator=generator)                        # (B, 4, h, w)
         a = at(alpha_bar, t, eps)                                                          # (B, 1, 1, 1)
         x = add_noise(z[i], eps, a)
-        out = model(*(y.to(device) for y in (x, t, hh, mm)))[:, :x.shape[1]]
-        return (loss_weight(a).to(device)*(out - eps.to(device)).square()).mean()
-    def after(step, steps): ema.update(model, early_decay(.9995 if step/steps > .2 else .99, step))
+        with bfloat16_products(device, bf16): out = model(*(y.to(device) for y in (x, t, hh, mm)))[:, :x.shape[1]]
+        return (loss_weight(a).to(device)*(out.float() - eps.to(device)).square()).mean()
+    def after(step, steps): ema.update(model, early_decay(.998, step))
     state = {'model': model, 'ema': ema, 'generator': generator} | optimisers(
-        model, lambda name, p: name.startswith('transformer_blocks') and p.ndim == 2 and 'table' not in name, betas=(.9, .99))
-    train(step_fn, state, steps, out, schedule=warm_constant_decay(100, .4, .01), clip=1., after=after, config={'batch': batch, 'seed': seed}, **options)
+        model, lambda name, p: name.startswith('transformer_blocks') and p.ndim == 2 and 'table' not in name, betas=(.9, .99), dtype=torch.bfloat16 if bf16 else None)
+    train(step_fn, state, steps, out, schedule=warm_constant_decay(100, .4, .01), clip=1., after=after, config={'batch': batch, 'seed': seed, 'bf16': bf16}, **options)
     return ema.module
