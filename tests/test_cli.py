@@ -41,3 +41,26 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
 def test_an_unknown_option_exits_with_2(capsys):
     code, message = failed(['generate', 'a red cube', '--stepz', '4'], capsys)
     assert code == 2 and '--stepz' in message
+
+
+def test_guidance_is_refused_for_the_student(tmp_path, capsys):
+    code, message = failed(['generate', 'a red cube', '--guidance-scale', '4.5', '--out', str(tmp_path/'x.png')], capsys)
+    assert code == 1 and 'guidance_scale is 4.5' in message and not (tmp_path/'x.png').exists()
+
+
+def test_teacher_takes_guidance(tmp_path, capsys):
+    cli.main(['generate', 'a red cube', '--teacher', '--guidance-scale', '2', '--steps', '2', '--out', str(tmp_path/'x.png')])
+    assert '4 network evaluations' in capsys.readouterr().out
+
+
+def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(tmp_path):
+    from pixart_delta_nb.core import load_tensors
+    from pixart_delta_nb.teacher import load_pipeline, shipped
+    data, vae, teacher = (str(tmp_path/n) for n in ('data', 'vae', 'teacher'))
+    cli.main(['render', '--out', data, '--count', '8'])
+    cli.main(['train-vae', '--data', data, '--out', vae, '--steps', '1', '--decoder-of', str(shipped('teacher')/'vae')])
+    cli.main(['train-teacher', '--data', data, '--vae', vae, '--text', str(shipped('teacher')), '--out', teacher, '--steps', '1', '--start', str(shipped('teacher')/'transformer')])
+    start, end = load_pipeline(), load_pipeline(tmp_path/'teacher/pipeline')
+    assert all((p - q).abs().max() < 1e-3 for p, q in zip(start.vae.encoder.parameters(), end.vae.encoder.parameters()))
+    difference = max((p - q).abs().max().item() for p, q in zip(start.transformer.parameters(), end.transformer.parameters()))
+    assert 0 < difference < .1 and load_tensors(tmp_path/'teacher/latents.safetensors')['latents'].shape == (8, 4, 16, 16)
