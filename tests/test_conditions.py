@@ -1,0 +1,151 @@
+"Conditions: what a picture means, extraction on images with a known answer, and the measures at their edges."
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixart_delta_nb.conditions import (CONDITIONS, blur, depth_error, edge_f_score, empty_worlds, extract, fidelity, gradient,
+                                        hard_edges, load_picture, mask_iou, soft_edges, truth)
+from pixart_delta_nb.scenes import Scene, Thing, make, render
+
+SCENE = Scene('centre', [Thing('sphere', 'red', 'large', 0., 0., 0.)], 'grass', 'clear')
+
+
+def lines(*columns, n=40):
+    x = torch.full((1, 3, n, n), -1.)
+    for c in columns: x[..., c] = 1
+    return x
+
+
+@pytest.mark.parametrize('condition', CONDITIONS)
+def test_truth_is_a_picture(condition):
+    x = truth(SCENE, condition, 32)
+    assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and -1 <= x.min() < x.max() <= 1
+
+
+def test_depth_of_a_thing_is_nearer_than_the_ground_behind_it():
+    x, masks = truth(SCENE, 'depth', 64)[0], truth(SCENE, 'segmentation', 64)[0]
+    top = (masks > 0).any(1).nonzero()[0].item()
+    column = (masks[top] > 0).nonzero()[0].item()
+    assert x[top + 1, column] > x[top - 2, column]
+
+
+def test_hard_line_of_the_horizon_has_no_gap():
+    x = truth(SCENE, 'hard', 64)[0] > 0
+    assert x.all(1).any()
+
+
+@pytest.mark.parametrize('condition', CONDITIONS)
+def test_a_scene_agrees_with_itself_better_than_with_another(condition):
+    scenes = [make(5, i)[0] for i in range(4)]
+    given, images = torch.stack([truth(s, condition) for s in scenes]), torch.stack([render(s)['image'] for s in scenes])
+    own, other = (fidelity(given, x, condition).mean() for x in (images, images.roll(1, 0)))
+    assert own < other if condition == 'depth' else own > other
+
+
+def test_shadow_never_lightens_the_empty_world():
+    lit, dark, sky, depth = empty_worlds(32)
+    assert lit.shape == dark.shape == (16, 3, 32, 32)
+    assert (dark <= lit + 1e-5).all() and torch.equal(sky, sky.flip(-1))
+    assert torch.allclose(depth, depth.flip(-1), atol=1e-3)
+
+
+def test_edges_do_not_depend_on_brightness():
+    image = render(SCENE, 64)['image'][None]*.5 + .1
+    assert torch.allclose(soft_edges(image), soft_edges(image*.8), atol=1e-4)
+
+
+def test_edges_turn_with_the_image():
+    image = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(soft_edges(image.mT), soft_edges(image).mT, atol=1e-5)
+    assert torch.allclose(gradient(image.mT)[:, 0], gradient(image)[:, 1].mT, atol=1e-6)
+
+
+def test_hard_edges_are_thin():
+    image = torch.zeros(1, 3, 32, 32); image[..., 16:] = 1
+    found = hard_edges(image)[0, 0]
+    assert found.sum(1).min() >= 1 and found.sum(1).max() <= 2 and found[:, 15:17].sum() == found.sum()
+
+
+def test_faint_texture_is_no_edge():
+    image = .5 + .004*torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert hard_edges(image).sum() == 0
+
+
+def test_blur_keeps_a_constant():
+    assert torch.allclose(blur(torch.full((2, 3, 9, 9), .3), 1.5), torch.full((2, 3, 9, 9), .3))
+
+
+@pytest.mark.parametrize('shift,expected', [(0, 1.), (2, 1.), (3, 0.)])
+def test_tolerance_is_counted_in_pixels(shift, expected):
+    assert edge_f_score(lines(10), lines(10 + shift)).item() == expected
+
+
+def test_tolerance_zero_wants_the_same_pixels():
+    assert edge_f_score(lines(10), lines(11), 0) == 0 and edge_f_score(lines(10), lines(10), 0) == 1
+
+
+def test_precision_and_recall_by_hand():
+    assert edge_f_score(lines(10), lines(10, 30)).item() == pytest.approx(2*.5*1/1.5)
+
+
+def test_no_edges_on_either_side_is_agreement_and_on_one_side_is_not():
+    assert edge_f_score(lines(), lines()) == 1 and edge_f_score(lines(3), lines()) == 0 and edge_f_score(lines(), lines(3)) == 0
+
+
+def test_scores_are_per_image():
+    a, b = torch.cat([lines(10), lines(10)]), torch.cat([lines(10), lines(30)])
+    assert edge_f_score(a, b).tolist() == [1., 0.]
+
+
+def test_depth_error_is_symmetric_and_bounded_by_the_farthest_depth():
+    near, sky = torch.ones(1, 3, 4, 4), -torch.ones(1, 3, 4, 4)
+    assert depth_error(near, sky).item() == depth_error(sky, near).item() == pytest.approx(np.log(15), rel=1e-5)
+
+
+def test_masks_of_empty_classes_count_as_agreement():
+    x = torch.full((1, 3, 4, 4), -1.)
+    assert mask_iou(x, x) == 1
+
+
+def test_disjoint_masks_have_no_overlap():
+    a = torch.full((1, 3, 4, 4), -1.); b = a.clone()
+    a[..., :2, :], b[..., 2:, :] = 1, 1
+    assert mask_iou(a, b) == 0
+
+
+@pytest.mark.parametrize('call,words', [
+    (lambda: truth(SCENE, 'hed'), 'condition is'),
+    (lambda: extract(torch.rand(1, 3, 16, 16), 'normal'), 'condition is'),
+    (lambda: extract(torch.rand(3, 16, 16), 'edges'), r'\(B, 3, H, W\)'),
+    (lambda: extract(torch.rand(1, 3, 16, 16)*2, 'edges'), r'\[0, 1\]'),
+    (lambda: extract(torch.full((1, 3, 16, 16), float('nan')), 'edges'), r'\[0, 1\]'),
+    (lambda: extract(torch.rand(1, 3, 16, 32), 'depth'), 'square'),
+    (lambda: edge_f_score(lines(3), lines(3, n=20)), 'shapes'),
+    (lambda: edge_f_score(lines(3), lines(3), -1), 'tolerance')])
+def test_bad_input_is_refused_in_one_sentence(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+
+def test_missing_hed_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'controlnet_aux', None)
+    with pytest.raises(ValueError, match='pip install controlnet_aux'): extract(torch.rand(1, 3, 16, 16), 'hed')
+
+
+def test_picture_of_another_size_warns(tmp_path):
+    Image.new('RGB', (40, 30), (255, 0, 0)).save(tmp_path/'a.png')
+    with pytest.warns(UserWarning, match='40 x 30'): x = load_picture(tmp_path/'a.png', 32)
+    assert x.shape == (1, 3, 32, 32) and x[0, :, 5, 5].tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'CMYK', 'P', 'I;16'])
+def test_other_modes_are_refused(mode):
+    with pytest.raises(ValueError, match=f'mode {mode}'): load_picture(Image.new(mode, (32, 32)), 32)
+
+
+def test_files_that_are_no_pictures_are_refused(tmp_path):
+    (tmp_path/'a.png').write_text('no picture')
+    with pytest.raises(ValueError, match='cannot be read'): load_picture(tmp_path/'a.png')
+    with pytest.raises(ValueError, match='is not a file'): load_picture(tmp_path/'b.png')
