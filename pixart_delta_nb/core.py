@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'require', 'seed_everything', 'use_style', 'image_grid', '
            'load_tensors', 'load_metadata', 'provenance']
 
 # %% ../nbs/00_core.ipynb #de959c9c
-import hashlib, json, os, platform, random, subprocess, sys, time, uuid
+import hashlib, json, logging, os, platform, random, subprocess, sys, time, uuid
 from importlib import metadata as packages
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,8 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+logging.getLogger('bitsandbytes').setLevel(logging.ERROR)    # where installed, it warns of an optional kernel at each import
 
 # %% ../nbs/00_core.ipynb #4f22b07b
 def require(

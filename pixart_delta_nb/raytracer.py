@@ -182,6 +182,7 @@ def _in_shadow(thing, ground):
 def shade(scene, d, ids, t, normal, rgb):
     "Colour the rays that end on a thing, in place (equation 5)."
     on = (ids > 1).nonzero()[:, 0]
+    if not len(on): return
     d, n, p = d[on], normal[on], EYE + t[on, None]*d[on]
     tint, strength = LIGHTS[scene.sky]
     lit = (~shadowed(scene, p + 1e-3*n)).float() # start just above the surface

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from pixart_delta_nb.consistency import (boundary_scalings, consistency_function, lcm_timesteps,
+from pixart_delta_nb.consistency import (boundary_scalings, consistency_function, guided_eps, lcm_timesteps,
                                          multistep_consistency_sample, released_timesteps)
 from pixart_delta_nb.schedules import add_noise, alpha_bar_from_betas, at, linear_betas
 
@@ -41,6 +41,10 @@ def test_skip_weight_is_negligible_from_the_first_grid_point():
 @pytest.mark.parametrize('bad', [{'sigma_data': 0}, {'timestep_scaling': -1}])
 def test_boundary_refuses(bad):
     with pytest.raises(ValueError, match='must be positive'): boundary_scalings(1, **bad)
+
+
+def test_boundary_refuses_negative_times():
+    with pytest.raises(ValueError, match='must not be negative'): boundary_scalings(torch.tensor([3, -1]))
 
 
 def test_consistency_function_returns_its_input_at_zero():
@@ -92,6 +96,12 @@ def test_grids_refuse(grid, steps):
     with pytest.raises(ValueError, match=f'steps={steps} must lie between 1 and 50'): grid(steps)
 
 
+@pytest.mark.parametrize('grid', [lcm_timesteps, released_timesteps])
+def test_grids_refuse_a_skip_that_does_not_divide(grid):
+    with pytest.raises(ValueError, match='k is 30; it must divide'): grid(4, k=30)
+    with pytest.raises(ValueError, match='steps=2.0'): grid(2.)
+
+
 def toy_eps(x, t): return torch.tanh(1.3*x + t.reshape(-1, 1, 1, 1)/500 - 1)
 def toy_f(x, t): return consistency_function(x, toy_eps(x, t), t, ALPHA_BAR)
 
@@ -137,3 +147,37 @@ def test_sampler_refuses_times_that_do_not_descend(times):
 def test_sampler_refuses_a_wrong_number_of_generators():
     with pytest.raises(ValueError, match='1 generators were given for 2 images'):
         multistep_consistency_sample(toy_f, torch.zeros(2, 4, 2, 2), lcm_timesteps(2), ALPHA_BAR, [seeded(0)])
+
+
+@pytest.mark.parametrize('times', [[1000, 19], [19, -1], [500.5]])
+def test_sampler_refuses_times_off_the_table(times):
+    with pytest.raises(ValueError, match='integers between 0 and 999'):
+        multistep_consistency_sample(toy_f, torch.zeros(1, 4, 2, 2), torch.tensor(times), ALPHA_BAR)
+
+
+def test_guidance_takes_one_strength_an_image():
+    c, null, omega = (torch.randn(3, 4, 2, 2, generator=seeded(s)) for s in (0, 1, 2))
+    omega = omega[:, :1, :1, :1].abs()
+    single = torch.cat([guided_eps(c[i:i+1], null[i:i+1], omega[i].item()) for i in range(3)])
+    torch.testing.assert_close(guided_eps(c, null, omega), single)
+
+
+def test_disagreement_1_pipelines_scale_is_one_plus_omega():
+    c, null = (torch.randn(2, 3, generator=seeded(s)) for s in (0, 1))
+    torch.testing.assert_close(guided_eps(c, null, 3.5), null + 4.5*(c - null))
+    torch.testing.assert_close(guided_eps(c, null, 4.5), 5.5*c - 4.5*null)
+    assert torch.equal(guided_eps(c, null, 0), c)
+
+
+@pytest.mark.parametrize('c, null, omega, message', [
+    (torch.zeros(2, 3), torch.zeros(2, 3), -.5, 'omega=.-0.5. must not be negative'), (torch.zeros(2, 3), torch.zeros(1, 3), 1., 'must be equal'),
+    (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), 'reshape it'), (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3, 1), 'reshape it')])
+def test_guidance_refuses(c, null, omega, message):
+    with pytest.raises(ValueError, match=message): guided_eps(c, null, omega)
+
+
+def test_algorithm_1_combines_increments_which_equals_a_guided_hop():
+    from pixart_delta_nb.solvers import ddim_step
+    x, c, null = (torch.randn(2, 4, 2, 2, generator=seeded(s), dtype=torch.float64) for s in (0, 1, 2))
+    psi = lambda eps: ddim_step(x, eps, ALPHA_BAR[519], ALPHA_BAR[499]) - x
+    torch.testing.assert_close(x + 5.5*psi(c) - 4.5*psi(null), ddim_step(x, guided_eps(c, null, 4.5), ALPHA_BAR[519], ALPHA_BAR[499]))

@@ -102,9 +102,41 @@ def test_at_refuses(t, message):
     (lambda: S.eps_to_x0(data(3), data(3), torch.zeros(())), r'\(0, 1\]'),
     (lambda: S.x0_to_eps(data(3), data(3), torch.ones(())), 'reaches 1'),
     (lambda: S.add_noise(data(3, 3), data(3, 3), PIXART[:3]), 'broadcast'),
+    (lambda: S.add_noise(data(3, 3), data(3, 3), PIXART[:2].reshape(2, 1)), 'broadcast'),
+    (lambda: S.add_noise(data(3, 3), data(1, 3), PIXART[0]), 'must be equal'),
+    (lambda: S.to_v(data(3), data(3), torch.tensor(1.5)), r'\[0, 1\]'),
+    (lambda: S.snr(torch.tensor([-.1, .5])), r'\[-0.1, 0.5\]'), (lambda: S.log_snr(torch.tensor(2.)), r'\[0, 1\]'),
+    (lambda: S.continuous_alpha_bar(torch.tensor([0., 999.])), 'divide timesteps'),
+    (lambda: S.continuous_alpha_bar(torch.tensor(.5), beta_start=.5, beta_end=.1), 'beta_start=0.5'),
     (lambda: S.gaussian_eps(data(3), PIXART[0], 0), 'std is 0')])
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize('table, message', [(S.linear_betas(), 'not betas'), (1 - PIXART, 'must decrease'), (PIXART[[3, 3, 4]], 'must decrease'),
+                                            (PIXART * 2, r'within \[0, 1\]'), (PIXART[None], r'\(1, 1000\)'), (PIXART[:0], r'\(0,\)')])
+def test_tables_that_are_not_alpha_bar_are_refused(table, message):
+    with pytest.raises(ValueError, match=message): S.check_alpha_bar(table)
+    with pytest.raises(ValueError, match=message): S.at(table, torch.tensor([0]), torch.zeros(1, 4))
+
+
+def test_continuous_schedule_is_the_limit_of_the_table():
+    tau = torch.arange(1, 4001, dtype=torch.float64) / 4000
+    fine = S.alpha_bar_from_betas(S.linear_betas(4000, 1e-4 / 4, .02 / 4))
+    assert (S.log_snr(fine) - S.log_snr(S.continuous_alpha_bar(tau)))[400:].abs().max() < .02
+    assert S.continuous_alpha_bar(torch.tensor(0.)) == 1
+
+
+def test_velocity_survives_where_no_signal_is_left():
+    x0, eps, nothing = data(4), data(4, seed=1), torch.zeros(())
+    v = S.to_v(x0, eps, nothing)
+    torch.testing.assert_close(v, -x0)
+    torch.testing.assert_close(S.v_to_x0(S.add_noise(x0, eps, nothing), v, nothing), x0)
+
+
+def test_ratios_reach_their_ends():
+    ends = torch.tensor([1., 0.])
+    assert S.snr(ends).tolist() == [float('inf'), 0] and S.log_snr(ends).tolist() == [float('inf'), float('-inf')]
 
 
 def test_gaussian_noise_prediction_is_the_score():

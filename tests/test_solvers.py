@@ -118,7 +118,7 @@ def test_half_precision_input_is_widened_and_left_alone(sampler):
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('times, message', [([19, 999], 'must descend'), ([500, 500], 'must descend'), ([1000], '0..999'),
-                                            ([5, -1], '0..999'), ([], 'empty')])
+                                            ([5, -1], '0..999'), ([], 'empty'), ([500.5], 'integer')])
 def test_bad_timesteps_are_refused(sampler, times, message):
     with pytest.raises(ValueError, match=message): sampler(network, noise(2, 3), times, AB)
 
@@ -134,7 +134,85 @@ def test_disagreement_3_first_interval_is_clamped_to_zero():
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: solvers.skip_grid(30), 'k is 30'), (lambda: solvers.skip_grid(0), 'k is 0'),
+    (lambda: solvers.skip_grid(30), 'k is 30'), (lambda: solvers.skip_grid(0), 'k is 0'), (lambda: solvers.skip_grid(20.), 'k is 20.0'),
     (lambda: solvers.dpm_timesteps(0), 'steps is 0'), (lambda: solvers.dpm_timesteps(1000), 'steps is 1000')])
 def test_bad_grids_are_refused(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_bad_tables_and_networks_are_refused(sampler):
+    with pytest.raises(ValueError, match='must decrease'): sampler(network, noise(2, 3), [500], 1 - AB)
+    with pytest.raises(ValueError, match='alpha_bar_end is 0'): sampler(network, noise(2, 3), [500], AB, alpha_bar_end=0)
+    with pytest.raises(ValueError, match='learned-variance'): sampler(lambda x, t: x.repeat(1, 2), noise(2, 3), [500], AB)
+
+
+def tensor(values): return torch.tensor(values, dtype=torch.float64)
+
+
+LINE = solvers.Mixture(tensor([.3, .7]), tensor([[-1.], [.8]]), tensor([.3, .4]))
+PLANE = solvers.Mixture(tensor([.25, .25, .5]), tensor([[1., 1.], [-1., 1.], [0., -1.]]), tensor([.2, .3, .25]))
+
+
+@pytest.mark.parametrize('data', [LINE, LINE.given([0]), PLANE, PLANE.given([0, 2])], ids=['line', 'line|c', 'plane', 'plane|c'])
+def test_mixture_noise_is_the_score_at_one_time_per_row(data):
+    x, t = noise(3, data.mean.shape[1], dtype=torch.float64).requires_grad_(), torch.tensor([19, 400, 999])
+    ab = S.at(AB, t, x)
+    score, = torch.autograd.grad(solvers.mixture_log_prob(x, ab, data).sum(), x)
+    torch.testing.assert_close(solvers.mixture_eps(x.detach(), ab, data), -(1 - ab).sqrt() * score, rtol=1e-9, atol=1e-12)
+
+
+def test_mixture_density_integrates_to_one_and_matches_torch():
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    ours = solvers.mixture_log_prob(x[:, None], AB[300], LINE)
+    assert abs(torch.trapezoid(ours.exp(), x) - 1) < 1e-9
+    parts = torch.distributions.Normal(AB[300].sqrt() * LINE.mean[:, 0], (AB[300] * LINE.std**2 + 1 - AB[300]).sqrt())
+    theirs = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(LINE.weight), parts).log_prob(x)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_mixture_mean_of_pure_noise_is_the_mean_of_the_data():
+    mean = solvers.mixture_mean(noise(4, 2, dtype=torch.float64), torch.zeros(()), PLANE)
+    torch.testing.assert_close(mean, (PLANE.weight @ PLANE.mean).expand(4, 2))
+
+
+def test_a_caption_of_all_clusters_is_no_caption():
+    x = noise(5, 2, dtype=torch.float64)
+    torch.testing.assert_close(solvers.mixture_eps(x, AB[300], PLANE.given([0, 1, 2])), solvers.mixture_eps(x, AB[300], PLANE))
+
+
+@pytest.mark.parametrize('data', [PLANE, PLANE.given([0, 2])], ids=['unconditional', 'conditional'])
+def test_exact_map_does_not_depend_on_a_stop_on_the_way(data):
+    field = lambda x, ab: solvers.mixture_eps(x, ab, data)
+    x = noise(4, 2, dtype=torch.float64)
+    halfway = solvers.pf_ode_map(field, x, AB[999], AB[300])
+    torch.testing.assert_close(solvers.pf_ode_map(field, halfway, AB[300]), solvers.pf_ode_map(field, x, AB[999]), rtol=0, atol=3e-8)
+    torch.testing.assert_close(solvers.pf_ode_map(field, halfway, AB[300], AB[999]), x, rtol=0, atol=1e-6)
+
+
+def test_exact_map_equals_the_gaussian_closed_form():
+    x = noise(6, dtype=torch.float64)
+    torch.testing.assert_close(solvers.pf_ode_map(lambda x, ab: S.gaussian_eps(x, ab, .5), x, AB[999]), S.gaussian_x0(x, AB[999], .5), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: solvers.Mixture(tensor([.5, .6]), tensor([[0.], [1.]]), tensor([1., 1.])), 'sum to one'),
+    (lambda: solvers.Mixture(tensor([.5, .5]), tensor([0., 1.]), tensor([1., 1.])), r'\(K, D\)'),
+    (lambda: solvers.Mixture(tensor([1.]), tensor([[0.]]), tensor([0.])), 'must have a width'),
+    (lambda: solvers.mixture_eps(tensor([0., 1.]), AB[5], PLANE), r'\(B, 2\)'),
+    (lambda: solvers.mixture_mean(tensor([[0., 1.]]), AB[:2], PLANE), 'use at'),
+    (lambda: solvers.pf_ode_map(lambda x, ab: x, tensor([1.]), 0.), r'\(0, 1\]'),
+    (lambda: solvers.pf_ode_map(lambda x, ab: torch.rand(1), tensor([1.]), .5), 'larger tol')])
+def test_bad_oracles_are_refused(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+def test_a_wrong_schedule_is_not_cured_by_smaller_steps():
+    other = S.alpha_bar_from_betas(S.scaled_linear_betas())
+    model = lambda x, t: solvers.mixture_eps(x, AB[t[0]], LINE)                # knows the linear schedule
+    x = tensor([[-1.], [.5], [1.]])
+    exact = solvers.pf_ode_map(lambda x, ab: solvers.mixture_eps(x, ab, LINE), x, AB[999])
+    error = {(name, k): (solvers.ddim_sample(model, x, solvers.skip_grid(k).flip(0), table) - exact).square().mean().sqrt().item()
+             for name, table in (('right', AB), ('wrong', other)) for k in (20, 1)}
+    assert error['right', 1] < error['right', 20] / 10
+    assert error['wrong', 1] > error['wrong', 20] / 2 and error['wrong', 1] > 20 * error['right', 1]

@@ -1,0 +1,83 @@
+"""Every notebook as a reader meets it: equations that exist, figures with prose around them, and outputs that are clean."""
+import json, re
+from pathlib import Path
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent/'nbs').rglob('*.ipynb'))
+NOTEBOOKS = [p for p in NOTEBOOKS if not any(part.startswith('.') for part in p.parts)]
+LABEL = re.compile(r'\\tag\{(\w+)\}')
+NUMBERS = r'\(?(\d+)\)?(?:\s*(?:,|and|to|–)\s*\(?(\d+)\))?'
+CITATION = re.compile(r'\b(?:[Ee]quations?|[Ee]qs?\.)[\s~]*' + NUMBERS + r'(?!\d|\)?\s*of the (?:report|paper))')
+FOLDER = re.compile(r'(?<![\w.:/-])/(?:work|tmp|root|home|usr|mnt|var)/\w')
+each = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+def source(cell): return ''.join(cell['source'])
+def outputs(path): return [(i, o) for i, c in enumerate(cells(path)) for o in c.get('outputs', [])]
+
+
+def cited(text):
+    "Numbers of the equations that a text names: 'eq. 3', 'equation (3)', 'equations (3) and (4)'."
+    return {n for pair in CITATION.findall(text) for n in pair if n}
+
+
+def blocks(path):
+    "The notebook as a list of 'heading', 'prose' and 'figure', in the reader's order; other code is left out."
+    found = []
+    for cell in cells(path):
+        if cell['cell_type'] == 'markdown':
+            fenced = re.sub(r'```.*?```', '', source(cell), flags=re.S)
+            for line in fenced.splitlines():
+                kind = 'heading' if re.match(r'#{1,6} ', line) else 'prose' if re.search(r'\w', line) else None
+                if kind and not (kind == 'prose' and found and found[-1] == 'prose'): found.append(kind)
+        elif any('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for o in cell['outputs']): found.append('figure')
+    return found
+
+
+@each
+def test_equation_labels_are_unique_and_count_up(path):
+    labels = [label for c in cells(path) if c['cell_type'] == 'markdown' for label in LABEL.findall(source(c))]
+    assert labels == [str(n + 1) for n in range(len(labels))]
+
+
+@each
+def test_every_cited_equation_exists(path):
+    labels = {label for c in cells(path) for label in LABEL.findall(source(c))}
+    missing = {n: source(c)[:60] for c in cells(path) for n in cited(source(c)) - labels}
+    assert not missing
+
+
+@pytest.mark.parametrize('text, wanted', [
+    ('Equation (3) says', {'3'}), ('by eq. 4)', {'4'}), ('eq. (2)', {'2'}), ('equations (5) and (6)', {'5', '6'}),
+    ('(equation 5; see', {'5'}), ('equations (2), (3)', {'2', '3'}), ('no differential equation is solved', set()),
+    ('equation (4) of the report', set()), ('an equation: 3 apples', set())])
+def test_citations_are_recognised(text, wanted): assert cited(text) == wanted
+
+
+@each
+def test_every_figure_is_announced_and_interpreted(path):
+    seen = blocks(path)
+    for i, kind in enumerate(seen):
+        if kind != 'figure': continue
+        number = seen[:i].count('figure') + 1
+        assert seen[i - 1] == 'prose', f'figure {number} comes right after a {seen[i - 1]}'
+        assert seen[i + 1:i + 2] == ['prose'], f'figure {number} is followed by {seen[i + 1:i + 2] or "the end"}'
+
+
+@each
+def test_outputs_name_no_folder_of_a_machine(path):
+    assert not [(i, hit.group()) for i, o in outputs(path) for hit in [FOLDER.search(json.dumps(o.get('text', '')) + json.dumps(
+        {k: v for k, v in o.get('data', {}).items() if k.startswith('text') or k.endswith('json')}))] if hit]
+
+
+@each
+def test_outputs_hold_no_warnings_or_progress_bars(path):
+    assert not [(i, ''.join(o['text'])[:80]) for i, o in outputs(path) if o.get('name') == 'stderr']
+
+
+@each
+def test_live_widgets_have_a_readable_fallback(path):
+    for i, output in outputs(path):
+        if 'application/vnd.jupyter.widget-view+json' in output.get('data', {}):
+            assert 'children=' not in ''.join(output['data']['text/plain']), f'cell {i} stores the bare repr of a widget'
