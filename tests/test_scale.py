@@ -1,0 +1,156 @@
+"One process and two give one result: rows shared out, weights copied or cut, activations computed twice."
+import copy, json, os, subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
+import pytest, torch
+from torch import nn
+from pixart_delta_nb.core import load_tensors
+from pixart_delta_nb.distill import Batch, lcd_train
+from pixart_delta_nb.scale import Rows, accelerated, checkpoint_blocks, own_rows, start
+from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
+from pixart_delta_nb.training import EMA, optimisers, train
+from pixart_delta_nb.transformer import Block, PixArtTransformer, TransformerConfig
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return PixArtTransformer(TransformerConfig(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, caption_channels=12,
+                                               use_additional_conditions=False)).double().eval()
+
+
+def inputs(rows=4):
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    return draw(rows, 4, 8, 8), torch.arange(rows)*9, draw(rows, 5, 12)
+
+
+def lcd(out, **options):
+    x, _, caption = inputs(32)
+    data = Batch(x, caption, torch.ones(32, 5), torch.zeros(1, 1, 12).double())
+    return lcd_train(accelerated(tiny()), data, alpha_bar_from_betas(linear_betas()), out, steps=5, batch_size=7, lr=1e-3, warmup=1, progress=False,
+                     log_every=1, average=.9, **options)
+
+
+def regression(out, **options):
+    torch.manual_seed(0)
+    net, g = accelerated(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()), torch.Generator().manual_seed(0)
+    ema = EMA(net)
+    def step_fn(step, steps):
+        x = torch.randn(6, 6, generator=g, dtype=torch.float64)
+        return (net(x) - x[:, :3]).square().mean()
+    state = {'net': net, 'ema': ema, 'g': g} | optimisers(net, lambda n, p: p.ndim == 2)
+    train(step_fn, state, 6, out, clip=1., accumulate=2, after=lambda i, n: ema.update(net, .5), log_every=1, progress=False, **options)
+
+
+def work(out):
+    "What each process of a launch does: both loops, each with a pause and a resume."
+    torch.set_num_threads(1)
+    for loop in (lcd, regression):
+        loop(out/loop.__name__, until=2)
+        result = loop(out/loop.__name__, resume=True)
+        if loop is lcd: student = result[0].plain()
+    saved = load_tensors(out/'lcd'/'checkpoint.safetensors')
+    for name, p in student.named_parameters(): assert torch.equal(p, saved[f'/state/average/{name}'])
+    try: accelerated(tiny())(*inputs(1))
+    except ValueError as error: (out/'refusal.txt').write_text(str(error))
+
+
+@pytest.fixture(scope='module')
+def single(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp('single')
+    for loop in (lcd, regression): loop(out/loop.__name__)
+    return out
+
+
+@pytest.mark.parametrize('kind', ['ddp', 'fsdp'])
+def test_two_processes_give_the_result_of_one(single, tmp_path, kind):
+    config = Path(__file__).parents[1]/f'configs/accelerate/{kind}_cpu.yaml'
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', config, '--main_process_port', '0', __file__, tmp_path],
+                          capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ('lcd', 'regression'):
+        one, two = (load_tensors(folder/name/'checkpoint.safetensors') for folder in (single, tmp_path))
+        assert one.keys() == two.keys()
+        assert max((one[k].double() - two[k].double()).abs().max() for k in one) < 1e-9, name
+        losses = [[json.loads(l)['loss'] for l in (folder/name/'log.jsonl').read_text().splitlines()] for folder in (single, tmp_path)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-9) and len(losses[0]) in (5, 6)
+    assert 'for 2 processes' in (tmp_path/'refusal.txt').read_text()
+
+
+def test_the_single_run_moves(single):
+    saved = load_tensors(single/'lcd'/'checkpoint.safetensors')
+    assert max((saved[f'/state/student/{n}'] - p).abs().max() for n, p in tiny().named_parameters()) > 1e-3
+
+
+def test_shipped_configurations():
+    import yaml
+    folder = Path(__file__).parents[1]/'configs/accelerate'
+    found = {p.stem: yaml.safe_load(p.read_text()) for p in folder.glob('*.yaml')}
+    assert set(found) == {'ddp', 'fsdp', 'ddp_cpu', 'fsdp_cpu'}
+    assert all(c['use_cpu'] == n.endswith('cpu') and (c['distributed_type'] == 'FSDP') == n.startswith('fsdp') for n, c in found.items())
+
+
+@pytest.mark.parametrize('total, processes', [(1, 1), (7, 2), (9, 4), (24, 5)])
+def test_every_row_has_a_process_and_all_shares_are_equal(total, processes):
+    shares = [own_rows(total, processes, r) for r in range(processes)]
+    assert len({len(s) for s in shares}) == 1 and torch.cat(shares)[:total].tolist() == list(range(total))
+
+
+def test_more_processes_than_rows_is_one_sentence():
+    with pytest.raises(ValueError, match='2 rows for 3 processes'): own_rows(2, 3, 0)
+
+
+def test_half_precision_without_scaling_is_refused(monkeypatch):
+    import accelerate
+    monkeypatch.setattr(accelerate, 'Accelerator', lambda **options: SimpleNamespace(mixed_precision='fp16'))
+    with pytest.raises(ValueError, match='bf16'): start()
+
+
+def test_wrapper_is_invisible_in_one_process():
+    net, rows = tiny(), accelerated(tiny())
+    rows.load_state_dict(tiny(3).state_dict())
+    net.load_state_dict(rows.state_dict())
+    assert torch.equal(net(*inputs()), rows(*inputs())) and rows.config == net.config and isinstance(rows.plain(), PixArtTransformer)
+    with pytest.raises(AttributeError): rows.nothing
+    with pytest.raises(RuntimeError): rows.load_state_dict({})
+
+
+def test_copies_share_nothing():
+    rows = accelerated(tiny())
+    twin = copy.deepcopy(rows)
+    with torch.no_grad(): next(twin.parameters()).add_(1)
+    assert isinstance(twin, Rows) and not torch.equal(next(twin.parameters()), next(rows.parameters()))
+
+
+def gradients(net):
+    net(*inputs()).square().mean().backward()
+    return [p.grad for p in net.parameters()]
+
+
+def test_blocks_computed_twice_change_no_bit():
+    for a, b in zip(gradients(tiny()), gradients(checkpoint_blocks(tiny()))): assert torch.equal(a, b)
+
+
+def test_blocks_run_again_in_the_backward_pass():
+    net, calls = checkpoint_blocks(tiny()), []
+    for block in net.transformer_blocks: block.attn1.register_forward_hook(lambda *a: calls.append(1))
+    with torch.no_grad(): net(*inputs())
+    assert len(calls) == 2
+    gradients(net)
+    assert len(calls) == 2 + 4
+
+
+def test_checkpointed_network_keeps_names_copies_and_classes():
+    net = checkpoint_blocks(tiny())
+    twin = copy.deepcopy(net)
+    assert list(net.state_dict()) == list(tiny().state_dict()) and all(isinstance(b, Block) for b in twin.transformer_blocks)
+    for a, b in zip(gradients(net), gradients(twin)): assert torch.equal(a, b)
+
+
+def test_network_without_blocks_is_refused():
+    with pytest.raises(ValueError, match='Block'): checkpoint_blocks(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match='Block'): checkpoint_blocks(checkpoint_blocks(tiny()))
+
+
+if __name__ == '__main__': work(Path(sys.argv[1]))
