@@ -130,3 +130,15 @@ def test_decode_refuses_what_is_not_finite(teacher):
 
 def test_pictures_refuse_values_outside_the_unit_interval():
     with pytest.raises(ValueError, match='must lie in'): to_pil(torch.full((1, 3, 2, 2), 1.5))
+
+def test_the_shipped_student_draws_the_same_in_stock_diffusers():
+    from diffusers import LCMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+    from pixart_delta_nb.teacher import load_pipeline, shipped
+    caption, noise = 'a large red cube in front of a small blue sphere, on grass at sunset', dict(num_inference_steps=4, guidance_scale=1.)
+    transformer = PixArtTransformer2DModel.from_pretrained(shipped('student'), torch_dtype=torch.float32)
+    stock = PixArtAlphaPipeline.from_pretrained(shipped('teacher'), transformer=transformer, torch_dtype=torch.float32,
+                                                scheduler=LCMScheduler(**BETAS, original_inference_steps=50))
+    stock.set_progress_bar_config(disable=True)
+    theirs = torch.as_tensor(stock(caption, **noise, generator=make_generators([5]), output_type='np', height=128, width=128,
+                                   use_resolution_binning=False, clean_caption=False).images).permute(0, 3, 1, 2)
+    assert (generate(load_pipeline(student='shipped'), [caption], 4, seeds=[5]) - theirs).abs().max() < 1e-4

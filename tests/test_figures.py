@@ -1,0 +1,176 @@
+"""Figures: runs on random networks, drawings and sentences from hand-made numbers, and the index."""
+import copy, io, json
+
+import pytest
+import torch
+
+from pixart_delta_nb import figures
+from pixart_delta_nb.figures import FIGURES, SOLVERS, WORKSHOP
+from pixart_delta_nb.results import Method
+from pixart_delta_nb.sampling import sample_student
+from pixart_delta_nb.teacher import BETAS
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def kit(): return figures.tiny_kit()
+
+
+@pytest.fixture(scope='module')
+def data(kit): return figures.training_data(kit.teacher, 4)
+
+
+def row(accuracy, **more): return {'accuracy': accuracy, 'interval': [accuracy - .02, accuracy + .02], 'frechet': 1., 'frechet_imagenet': 100*(1 - accuracy), 'clip': 50*accuracy} | more
+
+
+PARTS = {'text': .01, 'transformer': .5, 'decode': .1, 'overhead': .02}
+FOUND = {
+    'peers': {'rows': [row(a, solver=s, network=n, steps=e, evaluations=e) for s, n, a, e in (
+        ('DDIM', 'teacher', .5, 8), ('DDIM', 'teacher', .8, 28), ('UniPC', 'teacher', .7, 8), ('student', 'student', .7, 4), ('student', 'student', .6, 1))]},
+    'omega': {'rows': [row(a, scale=s, network='teacher', evaluations=28) for s, a in ((1., .5), (4.5, .8), (5.5, .79))]},
+    '2': {'rows': [row(.4 + .1*i/15 + .05*k + .01*s, variant=v, batch=b, seed=s, iteration=i) for k, v in enumerate(('ω = 3.5', 'ω = 4.5')) for b in (8, 32) for s in (0, 1) for i in (0, 15)]},
+    '7': {'captions': ['a', 'b'], 'columns': ['teacher\n14', 'student\n4', 'student\n1'], 'sheet': figures.pack_images(torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)))},
+    'table1': {'rows': figures.REPORT_SETTINGS + [{'model': 'here', 'pairs': 9, 'pixels': 128, 'batch': 8, 'memory': '1 GB'}], 'memory': {'before': 2**29, 'peak': 2**30}, 'parameters': 8_000_000},
+    'table2': {'report': figures.REPORT_SECONDS, 'speed': {'batch': 2, 'evaluation_ratio': 7., 'denoising_ratio': 6.1, 'end_to_end_ratio': 4.2, 'methods': {
+        'teacher 14': PARTS | {'whole': 4., 'evaluations': 28.}, 'student 4': PARTS | {'whole': 1., 'evaluations': 4.}}}},
+    'benchmarks': {'batch': 8, 'floor': {'floor_seconds': 1., 'ratio': 1.1}, 'step': {n: {'seconds': s, 'before': 1, 'peak': 2**30} for n, s in (('here', 1.1), ('usual', 1.4))},
+                   'step_ratio': 1.27, 'sampling': [{'network': 'student', 'steps': n, 'ratio': 1.1, 'apart': 1e-5} for n in (1, 4)]}}
+FOUND['8'] = FOUND['7'] | {'columns': ['0', '10', '20']}
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_every_figure_is_drawn_and_told_from_its_numbers_alone(name):
+    found = json.loads(json.dumps(FOUND[name]))
+    before = copy.deepcopy(found)
+    file = io.BytesIO()
+    FIGURES[name].draw(found).savefig(file, format='png')
+    assert len(file.getvalue()) > 5000 and FIGURES[name].tell(found).endswith('.') and found == before
+
+
+def test_sentences_follow_the_numbers():
+    assert 'UniPC at 8' in FIGURES['peers'].tell(FOUND['peers'])
+    rows = [r | {'accuracy': .99} if r['network'] == 'student' else r for r in FOUND['peers']['rows']]
+    assert 'no solver' in FIGURES['peers'].tell({'rows': rows})
+    assert 's = 4.5 (ω = 3.5)' in FIGURES['omega'].tell(FOUND['omega']) and 's = 5.5 may be' in FIGURES['omega'].tell(FOUND['omega'])
+    assert 'Batch 32, iteration 15: best accuracy 0.555 with ω = 4.5; 95 %' in FIGURES['2'].tell(FOUND['2'])
+    assert '1.27 times as long' in FIGURES['benchmarks'].tell(FOUND['benchmarks'])
+
+
+def test_panels_leave_out_scores_that_were_not_measured():
+    rows = [{k: v for k, v in r.items() if k not in ('clip', 'frechet_imagenet')} for r in FOUND['omega']['rows']]
+    assert len(FIGURES['omega'].draw({'rows': rows}).axes) == 1
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('steps', [1, 4])
+def test_schedulers_have_the_betas_and_start_at_the_noisiest_time(solver, steps):
+    scheduler = figures.build_scheduler(solver)
+    scheduler.set_timesteps(steps)
+    assert {k: scheduler.config[k] for k in BETAS} == BETAS
+    assert scheduler.timesteps[0] == 999 and scheduler.config.prediction_type == 'epsilon'
+
+
+def test_solvers_agree_where_they_must(kit):
+    x = {name: figures.sample_with(kit.teacher, name, ['a red cube'], 1, seeds=[3]) for name in SOLVERS}
+    for name in SOLVERS: assert (x[name] - x['DDIM']).abs().max() < 1e-3*x['DDIM'].abs().max()      # one step is one step
+    assert [x[name].evaluations for name in SOLVERS] == [2]*5
+
+
+def test_an_image_depends_on_its_own_seed(kit):
+    both = figures.sample_with(kit.teacher, 'UniPC', ['a red cube', 'a cone'], 3, seeds=[5, 6], batch_size=1)
+    assert (both[1:] - figures.sample_with(kit.teacher, 'UniPC', ['a cone'], 3, seeds=[6])).abs().max() < 1e-4*both.abs().max()
+
+
+def test_pictures_survive_their_text_to_a_byte():
+    images = torch.rand(2, 3, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    back = figures.unpack_images(figures.pack_images(images), 2, 3)
+    assert back.shape == images.shape and (back - images).abs().max() <= .5/255 + 1e-6
+
+
+def test_snapshots_go_on_after_a_stop_and_refuse_other_settings(kit, data, tmp_path):
+    run = figures.snapshots(kit.teacher, data, tmp_path, (1, 2), batch_size=2)
+    first = next(run)[1]
+    run.close()                                                              # killed after the first snapshot
+    again = dict(figures.snapshots(kit.teacher, data, tmp_path, (1, 2), batch_size=2))
+    same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    assert same(first, again[1]) and not same(again[1], again[2])
+    with pytest.raises(ValueError, match='other settings'): next(figures.snapshots(kit.teacher, data, tmp_path, (1, 2), batch_size=3))
+
+
+def test_told_student_starts_as_the_teacher_and_samples(kit):
+    import dataclasses
+    wide = figures.embed_guidance(kit.teacher.transformer, 8)
+    pipe = dataclasses.replace(kit.student, transformer=wide)
+    plain = dataclasses.replace(kit.student, transformer=kit.teacher.transformer)
+    told = [sample_student(pipe, ['a red cube'], 2, guidance_scale=s) for s in (2., 9.)]
+    assert torch.equal(*told) and torch.allclose(told[0], sample_student(plain, ['a red cube'], 2), atol=1e-4)
+
+
+def test_fig2_with_every_variant(kit, data, tmp_path):
+    found = figures.run_fig2(kit, tmp_path, data, marks=(0, 1), accumulate=(2,), images=2, steps=1, batch_size=3)
+    assert [(r['variant'], r['batch'], r['iteration']) for r in found['rows']] == [(v, 6, i) for v in figures.VARIANTS for i in (0, 1)]
+    assert found['settings'] == WORKSHOP | {'batch_size': 3} and found['provenance']['seeds']['run 0'] == 0
+
+
+def test_fig7_shows_the_lora_only_if_there_is_one(kit):
+    import dataclasses
+    few = (Method('student', 1),)
+    assert figures.run_fig7(kit, 2, few)['columns'] == ['student\n1']
+    assert figures.run_fig7(dataclasses.replace(kit, lora=kit.student), 2, few)['columns'] == ['student\n1', 'LoRA\n4']
+
+
+def test_cost_law_is_exact_and_explains_the_report():
+    c, a = figures.fit_cost(16., 28, 3.3, 4)
+    assert abs(c + 28*a - 16) < 1e-12 and abs(c + 4*a - 3.3) < 1e-12
+    with pytest.raises(ValueError, match='different counts'): figures.fit_cost(1., 4, 2., 4)
+
+
+def test_table2_counts_evaluations(kit):
+    found = figures.run_table2(kit, methods=(Method('teacher', 3), Method('student', 2)), repeats=1)
+    assert [r['evaluations'] for r in figures.rows_table2(found)] == [6, 2] and found['speed']['evaluation_ratio'] == 3
+
+
+def test_usual_step_has_the_gradient_of_the_step_here(kit):
+    from pixart_delta_nb.distill import lcd_step
+    from pixart_delta_nb.results import real_images
+    from pixart_delta_nb.scenes import make
+    teacher, pipe = kit.teacher.transformer, kit.teacher
+    rows, grads = figures._rows(figures.training_data(pipe, 2), 2, 'cpu'), []
+    for usual in (False, True):
+        student, generator = copy.deepcopy(teacher).requires_grad_(True), torch.Generator().manual_seed(1)
+        with torch.no_grad(): student.proj_out.weight.mul_(1.1)
+        loss = (figures.usual_step(student, teacher, pipe, real_images(0, 2), [make(0, i)[1] for i in range(2)], generator=generator) if usual
+                else lcd_step(student, teacher, teacher, rows, pipe.alpha_bar, generator=generator))
+        loss.backward()
+        grads.append(student.proj_out.weight.grad)
+    assert (grads[0] - grads[1]).norm() < .02*grads[0].norm()
+
+
+def test_stock_pipeline_makes_the_same_pictures(kit):
+    rows = [figures._against_stock(p, s, 2, ['a red cube'], 1) for p, s in ((kit.student, True), (kit.teacher, False))]
+    assert all(r['apart'] < 1e-3 and r['ratio'] > 0 for r in rows)
+
+
+def test_index_names_files_once_and_refuses_others(kit, tmp_path):
+    assert len({f.file for f in FIGURES.values()}) == len(FIGURES)
+    assert figures.estimate('peers', kit) > figures.estimate('7', kit) > 0
+    with pytest.raises(ValueError, match='one of 2, 7, 8'): figures.reproduce_figure('3', tmp_path)
+
+
+def test_reproduce_measures_once_and_again_from_scratch(kit, tmp_path, capsys):
+    settings = dict(kit=kit, run=tmp_path/'run', data=figures.training_data(kit.teacher, 2), marks=(0, 1), captions=1, steps=1, batch_size=1)
+    figures.reproduce_figure('8', tmp_path/'out', **settings)
+    stamp = (tmp_path/'run'/'000001'/'config.json').stat().st_mtime_ns
+    figures.reproduce_figure('8', tmp_path/'out', **settings)
+    assert (tmp_path/'run'/'000001'/'config.json').stat().st_mtime_ns == stamp
+    figures.reproduce_figure('8', tmp_path/'out', from_scratch=True, **settings)
+    assert (tmp_path/'run'/'000001'/'config.json').stat().st_mtime_ns > stamp
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['fig8.json', 'fig8.png', 'fig8.svg']
+    assert 'minutes at the default settings' in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""The README quotes no decimal number that is not found, rounded, in a results file or in the card of the weights."""
+import json, re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SILENT = [r'```.*?```', r'`[^`]*`', r'(?<=\])\([^)]*\)', r'https?://\S+',           # code, and where links lead
+          r'\b\d{4}\.\d{4,5}(v\d+)?\b', r'\bv?\d+(\.\d+){2,}\S*',                    # arXiv ids, versions with two dots
+          r'(?:§|\b(?:Python|torch|diffusers|CUDA|nbdev|Apache|License|version|Section|Table|Figure|Fig\.))[- ]?v?\d+(?:\.\d+)*']
+NUMBER = re.compile(r'(?<![\w.])(\d+\.\d+)(?![\w.]*\d)(\s?%)?')
+
+
+def quoted(text: str) -> list:
+    "Decimal numbers of prose and tables: (as written, decimals, whether in percent)."
+    for pattern in SILENT: text = re.sub(pattern, ' ', text, flags=re.S)
+    return [(m[1], len(m[1].split('.')[1]), bool(m[2])) for m in NUMBER.finditer(text)]
+
+
+def numbers(value):
+    "All numbers in nested JSON."
+    if isinstance(value, bool) or value is None: return
+    if isinstance(value, (int, float)): yield float(value)
+    elif isinstance(value, str): yield from (float(n) for n in re.findall(r'(?<![\w.])\d+\.\d+(?![\w.])', value))
+    elif isinstance(value, dict): yield from (n for v in value.values() for n in numbers(v))
+    elif isinstance(value, list): yield from (n for v in value for n in numbers(v))
+
+
+def found_in(text: str, decimals: int, percent: bool, pool) -> bool:
+    "Whether some number of the pool rounds to the text."
+    return any(abs(v*(100 if percent else 1) - float(text)) <= .5*10**-decimals*(1 + 1e-9) + 1e-12 for v in pool)
+
+
+def an_image(value):
+    "Seconds an image, where a timing is stored for a batch: of each part, and of denoising, which is transformer and overhead."
+    if isinstance(value, dict) and 'batch' in value and isinstance(value.get('methods'), dict):
+        for parts in value['methods'].values():
+            yield from (seconds/value['batch'] for seconds in parts.values())
+            yield (parts.get('transformer', 0) + parts.get('overhead', 0))/value['batch']
+    elif isinstance(value, (dict, list)):
+        for v in (value.values() if isinstance(value, dict) else value): yield from an_image(v)
+
+
+def measured() -> set:
+    "Every number of results/ and of the cards, and seconds an image."
+    pool = set()
+    for path in [*ROOT.glob('results/**/*.json'), *ROOT.glob('pixart_delta_nb/weights/**/card.json')]:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        pool |= set(numbers({k: v for k, v in found.items() if k not in ('provenance', 'sheet', 'sha256')} if isinstance(found, dict) else found))
+        pool |= set(an_image(found))
+    return pool
+
+
+def test_readme_quotes_measured_numbers_only():
+    pool = measured()
+    missing = [text + '%'*percent for text, decimals, percent in quoted((ROOT/'README.md').read_text(encoding='utf-8')) if not found_in(text, decimals, percent, pool)]
+    assert not missing, f'README.md quotes {", ".join(missing)}, which no results file and no card holds: run the measurement again, or correct the number.'
+
+
+@pytest.mark.parametrize('text,expected', [
+    ('accuracy 0.627, in 4.47 times', ['0.627', '4.47']), ('| student 4 | 0.066 | 6998.80 |', ['0.066', '6998.80']), ('93.5 % of them', ['93.5']), ('(2.5)', ['2.5']),
+    ('a sentence ends with 7. Then more', []), ('1.5.', ['1.5']), ('−0.25 dB', ['0.25']), ('between 1.5–2.5 s', ['1.5', '2.5']),
+    ('[arXiv 2401.05252](https://arxiv.org/abs/2401.05252)', []), ('torch 2.13.0, Python 3.11, Apache-2.0', []), ('`lr=0.5` and ```\nx = 0.25\n```', []),
+    ('[page](a/1.5.md) says 2.5', ['2.5']), ('§3.3 and Table 2', [])])
+def test_checker_finds_numbers_and_leaves_versions(text, expected): assert [q[0] for q in quoted(text)] == expected
+
+
+@pytest.mark.parametrize('text,percent,expected', [('0.63', False, True), ('0.64', False, False), ('62.7', True, True), ('62.7', False, False), ('0.6273', False, True)])
+def test_checker_rounds(text, percent, expected): assert found_in(text, len(text.split('.')[1]), percent, [.62727, 1.]) is expected
+
+
+def test_checker_reads_numbers_in_text_and_lists(): assert set(numbers({'a': [1, {'b': 'about 2.5 s'}], 'c': True, 'd': None})) == {1., 2.5}
+
+
+def test_checker_knows_seconds_an_image():
+    found = {'speed': [{'batch': 4, 'methods': {'student 4': {'whole': 2., 'transformer': 1., 'overhead': .2}}}]}
+    assert set(an_image(found)) == {.5, .25, .05, .3}
