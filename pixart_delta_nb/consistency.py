@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['boundary_scalings', 'consistency_function', 'lcm_timesteps', 'released_timesteps', 'multistep_consistency_sample',
-           'guided_eps']
+           'guide']
 
 # %% ../nbs/03_consistency.ipynb #b7a177a7
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def multistep_consistency_sample(
     return estimate
 
 # %% ../nbs/03_consistency.ipynb #e8e40bb5
-def guided_eps(
+def guide(
     eps_c: Tensor, # noise predicted with the caption (B, ...)
     eps_null: Tensor, # noise predicted without it, shaped like `eps_c`
     omega: Tensor | float # strength ω of Algorithm 1; scalar or (B, 1, ...); a pipeline's scale is s = 1 + ω

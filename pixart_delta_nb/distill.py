@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .consistency import consistency_function
+from .consistency import consistency_function, guide
 from .core import load_tensors, require
 from .schedules import add_noise, at
 from .solvers import ddim_step, skip_grid
@@ -42,6 +42,13 @@ class Batch(NamedTuple):
     mask: Tensor                     # (B, L), 1 = token, 0 = padding
     null: Tensor                     # (1, M, C), the embedding of ''
     null_mask: Tensor | None = None  # (1, M); None means ones
+    resolution: Tensor | None = None    # (B, 2) height and width in pixels, for a model with micro-conditions
+    aspect_ratio: Tensor | None = None  # (B, 1) height / width, likewise
+
+    @property
+    def conditions(self):
+        "The micro-conditions by name; empty for a model without."
+        return {k: getattr(self, k) for k in ('resolution', 'aspect_ratio') if getattr(self, k) is not None}
 
 def draw_batch(
     data: Batch, # all N rows
@@ -52,7 +59,8 @@ def draw_batch(
     rows = torch.randint(len(data.z), (size,), generator=generator)
     mask = data.mask[rows]
     longest = int(mask.sum(1).max())
-    return data._replace(z=_float(data.z[rows]), caption=_float(data.caption[rows, :longest]), mask=mask[:, :longest])
+    conditions = {k: v[rows] for k, v in data.conditions.items()}
+    return data._replace(z=_float(data.z[rows]), caption=_float(data.caption[rows, :longest]), mask=mask[:, :longest], **conditions)
 
 # %% ../nbs/08_distill.ipynb #714b0aed
 def predict_eps(
@@ -61,12 +69,13 @@ def predict_eps(
     t: Tensor, # (B,) integer steps
     caption: Tensor, # (B, L, C)
     mask: Tensor, # (B, L)
-    omega: Tensor | None = None # guidance scale; reaches only a network that embeds it
+    omega: Tensor | None = None, # guidance scale; reaches only a network that embeds it
+    **conditions # resolution (B, 2) and aspect_ratio (B, 1), for a network with micro-conditions
 ) -> Tensor: # (B, 4, H, W), float32 at least
     "The predicted noise: the first channels of the output; the learned variance behind them is not used."
     embeds = omega is not None and getattr(getattr(network, 'config', None), 'guidance_embed_dim', 0)
     extra = {'omega': omega.expand(len(x))} if embeds else {}
-    return _float(network(x, t, caption, mask, **extra)[:, :x.shape[1]])
+    return _float(network(x, t, caption, mask, **extra, **conditions)[:, :x.shape[1]])
 
 def pair_with_null(
     batch: Batch # B rows
@@ -89,8 +98,9 @@ def guided_teacher_eps(
 ) -> Tensor: # (B, 4, H, W)
     "Equation (5) from one call on 2B rows (Algorithm 1's two Ψ)."
     caption, mask = pair_with_null(batch)
-    eps_c, eps_null = predict_eps(teacher, x.repeat(2, 1, 1, 1), t.repeat(2), caption, mask).chunk(2)
-    return eps_c + omega*(eps_c - eps_null)
+    both = {k: v.repeat(2, 1) for k, v in batch.conditions.items()}
+    eps_c, eps_null = predict_eps(teacher, x.repeat(2, 1, 1, 1), t.repeat(2), caption, mask, **both).chunk(2)
+    return guide(eps_c, eps_null, omega)
 
 # %% ../nbs/08_distill.ipynb #f1a55fff
 def lcd_step(
@@ -114,12 +124,12 @@ def lcd_step(
     t_n = (t_nk - k).clamp_min(0)                                               # (B,), index 0: t = 0
     ab_nk, ab_n = at(alpha_bar, t_nk, z), at(alpha_bar, t_n, z)                 # (B, 1, 1, 1)
     z_nk = add_noise(z, noise, ab_nk)                                           # (B, 4, H, W)
-    eps = predict_eps(student, z_nk, t_nk, batch.caption, batch.mask, omega)
+    eps = predict_eps(student, z_nk, t_nk, batch.caption, batch.mask, omega, **batch.conditions)
     prediction = consistency_function(z_nk, eps, t_nk, alpha_bar)               # (B, 4, H, W)
     with torch.no_grad():
-        eps = guided_teacher_eps(teacher, z_nk, t_nk, batch, omega.reshape(-1, 1, 1, 1))
+        eps = guided_teacher_eps(teacher, z_nk, t_nk, batch, omega.reshape(-1, 1, 1, 1) if omega.ndim else omega)
         z_n = ddim_step(z_nk, eps, ab_nk, ab_n)                                 # (B, 4, H, W)
-        eps = predict_eps(target, z_n, t_n, batch.caption, batch.mask, omega)
+        eps = predict_eps(target, z_n, t_n, batch.caption, batch.mask, omega, **batch.conditions)
         goal = consistency_function(z_n, eps, t_n, alpha_bar)                   # (B, 4, H, W)
     return pseudo_huber(prediction, goal)
 
@@ -159,7 +169,7 @@ def lcd_train(
     steps: int = 5000, # optimiser steps
     batch_size: int = 24, # rows a step
     lr: float = 2e-5, # AdamW's rate after warm-up
-    omega: float = 3.5, # guidance ω = s - 1
+    omega: float | tuple = 3.5, # guidance ω = s - 1, or (low, high) to draw each row's from, for a student that embeds it
     k: int = 20, # skip (steps)
     mu: float = 0.95, # EMA decay of the target
     seed: int = 0, # of batches, n and noise
@@ -182,7 +192,8 @@ def lcd_train(
     device = next(student.parameters()).device
     def step_fn(step, steps):
         batch = Batch(*(v if v is None else v.to(device) for v in draw_batch(data, batch_size, generator)))
-        return lcd_step(student, ema.module, teacher, batch, alpha_bar, omega, k, generator)
+        w = omega if isinstance(omega, (int, float)) else torch.empty(batch_size).uniform_(*omega, generator=generator)   # (B,)
+        return lcd_step(student, ema.module, teacher, batch, alpha_bar, w, k, generator)
     config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, mu=mu, seed=seed, warmup=warmup, clip=clip, average=average)
     engine.setdefault('schedule', lambda step, steps: min(1., (step + 1)/max(warmup, 1)))
     state = {'student': student, 'target': ema, 'adamw': adamw, 'generator': generator} | ({'average': EMA(student)} if average else {})
@@ -200,7 +211,7 @@ def load_latents(
     tensors = load_tensors(path)
     missing = [name for name in ('latents', 'captions', 'mask', 'null') if name not in tensors]
     require(not missing, f'{Path(path).name} lacks {", ".join(missing)}; D_z needs latents, captions, mask and null: precompute it again.')
-    return Batch(*(tensors.get(name) for name in ('latents', 'captions', 'mask', 'null', 'null_mask')))
+    return Batch(*(tensors.get(name) for name in ('latents', 'captions', 'mask', 'null', 'null_mask', 'resolution', 'aspect_ratio')))
 
 def distill(
     pipeline: str | Path, # folder of the teacher

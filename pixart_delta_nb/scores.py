@@ -101,10 +101,10 @@ def retrieval_accuracy(clip: Clip, # the network to test
     return torch.cat(right).float().mean().item()
 
 # %% ../nbs/13b_scores.ipynb #e2592627
-def _renders(out, seed, count, workers):
+def _renders(out, seed, count, workers, progress=True):
     "Pictures (count, 3, 128, 128) uint8 and captions of data set `seed`, read from `out` if an earlier run left them there."
     path = Path(out)/f'renders-{seed}-{count}.safetensors'
-    if not path.is_file(): save_tensors(path, {'images': render_many(seed, count, workers, 'any')})
+    if not path.is_file(): save_tensors(path, {'images': render_many(seed, count, workers, 'any', progress=progress)})
     return load_tensors(path)['images'], [make(seed, i, 'any')[1] for i in range(count)]
 
 # %% ../nbs/13b_scores.ipynb #355428bd
@@ -120,7 +120,8 @@ def train_clip(out: str | Path, # folder of checkpoint and renders; the result l
               ) -> tuple: # Clip, and its retrieval accuracy (1 of 32) on the held-out renders
     "Render, train, test and save a CLIP of the workshop's scenes (equation 3)."
     require(count >= batch > 1, f'count is {count} and batch {batch}; a batch of at least 2 pairs is drawn without repetition, so lower batch.')
-    images, captions = _renders(out, seed, count, workers)
+    shown = options.get('progress') is not False
+    images, captions = _renders(out, seed, count, workers, shown)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -134,7 +135,7 @@ def train_clip(out: str | Path, # folder of checkpoint and renders; the result l
         clip.model, lambda name, p: p.ndim == 2 and 'encoder.layers' in name, dtype=torch.bfloat16 if bf16 else None)
     train(step_fn, state, steps, out, schedule=warm_constant_decay(50, .3, .01), clip=1., config={'batch': batch, 'seed': seed, 'bf16': bf16, 'count': count}, **options)
     clip.model.eval()
-    accuracy = retrieval_accuracy(clip, *_renders(out, 18, held_out, workers))
+    accuracy = retrieval_accuracy(clip, *_renders(out, 18, held_out, workers, shown))
     save_clip(clip, Path(out)/'clip', model='workshop CLIP', retrieval_accuracy=accuracy, group=32, held_out=held_out, scenes=count, steps=steps, batch=batch, seed=seed)
     return clip, accuracy
 

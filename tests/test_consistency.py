@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from pixart_delta_nb.consistency import (boundary_scalings, consistency_function, guided_eps, lcm_timesteps,
+from pixart_delta_nb.consistency import (boundary_scalings, consistency_function, guide, lcm_timesteps,
                                          multistep_consistency_sample, released_timesteps)
 from pixart_delta_nb.schedules import add_noise, alpha_bar_from_betas, at, linear_betas
 
@@ -158,26 +158,26 @@ def test_sampler_refuses_times_off_the_table(times):
 def test_guidance_takes_one_strength_an_image():
     c, null, omega = (torch.randn(3, 4, 2, 2, generator=seeded(s)) for s in (0, 1, 2))
     omega = omega[:, :1, :1, :1].abs()
-    single = torch.cat([guided_eps(c[i:i+1], null[i:i+1], omega[i].item()) for i in range(3)])
-    torch.testing.assert_close(guided_eps(c, null, omega), single)
+    single = torch.cat([guide(c[i:i+1], null[i:i+1], omega[i].item()) for i in range(3)])
+    torch.testing.assert_close(guide(c, null, omega), single)
 
 
 def test_disagreement_1_pipelines_scale_is_one_plus_omega():
     c, null = (torch.randn(2, 3, generator=seeded(s)) for s in (0, 1))
-    torch.testing.assert_close(guided_eps(c, null, 3.5), null + 4.5*(c - null))
-    torch.testing.assert_close(guided_eps(c, null, 4.5), 5.5*c - 4.5*null)
-    assert torch.equal(guided_eps(c, null, 0), c)
+    torch.testing.assert_close(guide(c, null, 3.5), null + 4.5*(c - null))
+    torch.testing.assert_close(guide(c, null, 4.5), 5.5*c - 4.5*null)
+    assert torch.equal(guide(c, null, 0), c)
 
 
 @pytest.mark.parametrize('c, null, omega, message', [
     (torch.zeros(2, 3), torch.zeros(2, 3), -.5, 'omega=.-0.5. must not be negative'), (torch.zeros(2, 3), torch.zeros(1, 3), 1., 'must be equal'),
     (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), 'reshape it'), (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3, 1), 'reshape it')])
 def test_guidance_refuses(c, null, omega, message):
-    with pytest.raises(ValueError, match=message): guided_eps(c, null, omega)
+    with pytest.raises(ValueError, match=message): guide(c, null, omega)
 
 
 def test_algorithm_1_combines_increments_which_equals_a_guided_hop():
     from pixart_delta_nb.solvers import ddim_step
     x, c, null = (torch.randn(2, 4, 2, 2, generator=seeded(s), dtype=torch.float64) for s in (0, 1, 2))
     psi = lambda eps: ddim_step(x, eps, ALPHA_BAR[519], ALPHA_BAR[499]) - x
-    torch.testing.assert_close(x + 5.5*psi(c) - 4.5*psi(null), ddim_step(x, guided_eps(c, null, 4.5), ALPHA_BAR[519], ALPHA_BAR[499]))
+    torch.testing.assert_close(x + 5.5*psi(c) - 4.5*psi(null), ddim_step(x, guide(c, null, 4.5), ALPHA_BAR[519], ALPHA_BAR[499]))
