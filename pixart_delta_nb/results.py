@@ -162,7 +162,6 @@ def draw_quality(results):
         axes[1].plot(evaluations, [r['frechet'] for r in rows], marker, color=PALETTE[k], label=network)
     for ax, label in zip(axes, ('attribute accuracy', 'Fréchet distance')):
         ax.set_xscale('log', base=2); ax.set_xlabel('network evaluations an image'); ax.set_ylabel(label); ax.legend()
-    fig.tight_layout()
     return fig
 
 # %% ../nbs/14_results.ipynb #e710e953

@@ -6,7 +6,7 @@
 __all__ = ['Captioned', 'ring', 'draw', 'exact_eps', 'exact_map', 'ToyNet', 'fit_eps', 'Recipe', 'jump', 'toy_loss', 'distil_toy',
            'energy_distance']
 
-# %% ../nbs/04_toy.ipynb #24e99256
+# %% ../nbs/04_toy.ipynb #50c7e590
 import copy, math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .core import require
 from .schedules import add_noise, at, eps_to_x0, gaussian_eps, log_snr
 from .solvers import Mixture, ddim_step, mixture_eps, pf_ode_map, skip_grid
 
-# %% ../nbs/04_toy.ipynb #281fb68c
+# %% ../nbs/04_toy.ipynb #4e979183
 class Captioned(NamedTuple):
     "A mixture whose clusters have classes; the label `null` stands for all of them."
     data: Mixture   # K clusters in the plane
@@ -29,6 +29,7 @@ class Captioned(NamedTuple):
     def given(self, label: int) -> Mixture: # what is left of the data once the caption is known
         return self.data if label == self.null else self.data.given((self.classes == label).nonzero().flatten().tolist())
 
+# %% ../nbs/04_toy.ipynb #aa4a5ed7
 def ring(
     clusters: int = 8, # Gaussians on the circle of radius 1
     classes: int = 4, # a divisor of `clusters`; neighbours share a class
@@ -41,6 +42,7 @@ def ring(
     angle = 2*math.pi*(every.cumsum(0) - .5)/clusters
     return Captioned(Mixture(every/clusters, torch.stack([angle.cos(), angle.sin()], 1), std*every), torch.arange(clusters)//(clusters//classes))
 
+# %% ../nbs/04_toy.ipynb #699204d1
 def draw(
     world: Captioned,
     count: int, # points to draw
@@ -51,7 +53,7 @@ def draw(
     noise = torch.randn(count, 2, generator=generator)
     return world.data.mean.float()[j] + world.data.std.float()[j, None]*noise, world.classes[j]
 
-# %% ../nbs/04_toy.ipynb #c8db3416
+# %% ../nbs/04_toy.ipynb #203dc501
 def _given_eps(x, ab, label, world):
     "The best noise prediction for each point's own label."
     eps = x.new_empty(x.shape, dtype=torch.float64)
@@ -60,6 +62,7 @@ def _given_eps(x, ab, label, world):
         eps[rows] = mixture_eps(x[rows], ab[rows] if ab.ndim else ab, world.given(c))
     return eps.to(x.dtype)
 
+# %% ../nbs/04_toy.ipynb #09e60d4d
 def exact_eps(
     x: Tensor, # (B, 2) noisy points
     alpha_bar_t: Tensor, # scalar, or (B, 1) from `at`
@@ -79,7 +82,7 @@ def exact_eps(
     if omega == 0: return eps
     return eps + omega*(eps - mixture_eps(x, alpha_bar_t, world.data).to(x.dtype))
 
-# %% ../nbs/04_toy.ipynb #8bd421ca
+# %% ../nbs/04_toy.ipynb #249692e4
 def exact_map(
     x: Tensor, # (B, 2) points at time `t`
     t: int, # time step
@@ -93,7 +96,7 @@ def exact_map(
     require(0 <= t < len(alpha_bar), f't is {t}; it must lie in 0..{len(alpha_bar) - 1}, so clamp it.')
     return pf_ode_map(lambda x, ab: exact_eps(x, ab, label, world, omega), x, alpha_bar[t], tol=tol)
 
-# %% ../nbs/04_toy.ipynb #1f46958f
+# %% ../nbs/04_toy.ipynb #5de3c83f
 class ToyNet(nn.Module):
     "Noise prediction for points in the plane, equation (2)."
     def __init__(self,
@@ -118,7 +121,7 @@ class ToyNet(nn.Module):
         left = self.body(torch.cat([y, u/8, *waves, words], 1))
         return gaussian_eps(x, ab, self.data_std) - ab.sqrt()*self.data_std/scale*left           # (B, 2)
 
-# %% ../nbs/04_toy.ipynb #56210692
+# %% ../nbs/04_toy.ipynb #ca3695d8
 def fit_eps(
     network: ToyNet, # changed in place
     world: Captioned,
@@ -143,7 +146,7 @@ def fit_eps(
         optimizer.zero_grad(); loss.backward(); optimizer.step()
     return network
 
-# %% ../nbs/04_toy.ipynb #393dd598
+# %% ../nbs/04_toy.ipynb #c22f0a7c
 @dataclass(frozen=True)
 class Recipe:
     "Settings of Algorithm 1, checked; the defaults are the report's where it states them."
@@ -171,7 +174,7 @@ class Recipe:
         require(self.pairs == 'solver' or self.omega == 0, f'omega is {self.omega}; without a teacher there is nothing to guide, so pass omega=0.')
         require(0 <= self.drop < 1 and self.clip >= 0, f'drop={self.drop}, clip={self.clip}; they need 0 <= drop < 1 and clip >= 0.')
 
-# %% ../nbs/04_toy.ipynb #daec53fd
+# %% ../nbs/04_toy.ipynb #c3835174
 def jump(
     network: ToyNet, # its noise prediction becomes a map
     x: Tensor, # (B, 2) noisy points
@@ -184,6 +187,7 @@ def jump(
     eps = network(x, t, label)
     return consistency_function(x, eps, t, alpha_bar) if boundary else eps_to_x0(x, eps, at(alpha_bar, t, x))
 
+# %% ../nbs/04_toy.ipynb #ce438230
 def toy_loss(
     student: ToyNet, # f_θ, receives the gradient
     target: ToyNet, # f_θ⁻
@@ -210,7 +214,7 @@ def toy_loss(
         goal = jump(target, z_n, t_n, label, alpha_bar, recipe.boundary)
     return (((prediction - goal).square() + recipe.huber**2).sqrt() - recipe.huber).mean()
 
-# %% ../nbs/04_toy.ipynb #3a36234a
+# %% ../nbs/04_toy.ipynb #566e3fba
 def distil_toy(
     network: ToyNet, # start of student and target; not changed
     world: Captioned, # data, and exact teacher
@@ -237,7 +241,7 @@ def distil_toy(
     if recipe.steps in keep: kept[recipe.steps] = copy.deepcopy(student)
     return student.requires_grad_(False), kept
 
-# %% ../nbs/04_toy.ipynb #6fbcc771
+# %% ../nbs/04_toy.ipynb #ddeb7da1
 def energy_distance(
     a: Tensor, # (N, D) points
     b: Tensor, # (M, D) points

@@ -225,9 +225,9 @@ class Checkpoint:
         print(f'{self.path.name} is missing or damaged, so the run goes on from {self.previous.name}, saved before it.', file=sys.stderr)
         return read_checkpoint(self.previous)
 
-    def load(self, state):
-        "Put the saved state back into the objects of `state`; returns the scalars."
-        saved = self.read()
+    def load(self, state, saved=None):
+        "Put what `read` found, or finds, back into the objects of `state`; returns the scalars."
+        saved = saved or self.read()
         require(set(saved['state']) == set(state), f'{self.path} holds {sorted(saved["state"])}, but this run has {sorted(state)}: resume with the same parts.')
         for name, thing in state.items(): put_back(thing, saved['state'][name])
         torch.set_rng_state(saved['rng'][0])
@@ -270,10 +270,11 @@ def begin(checkpoint, state, resume, steps, config):
     "Scalars to start from: the checkpoint's where `resume` finds one, else those of step 0."
     fresh = {'step': 0, 'steps': steps, 'config': config, 'log': [], 'total': 0., 'count': 0, 'recent': []}
     if not (resume and checkpoint.exists()): return fresh
-    now = fresh | checkpoint.read()['scalars']
+    saved = checkpoint.read()
+    now = fresh | saved['scalars']
     require(now['steps'] == steps, f'{checkpoint.path} belongs to a run of {now["steps"]} steps, but {steps} were asked for: the learning rate depends on it, so keep the number.')
     require(now['config'] == json.loads(json.dumps(config)), f'{checkpoint.path} belongs to a run with the settings {now["config"]}, but these are {config}: resume with the same ones.')
-    checkpoint.load(state)                                                   # last: another run's tensors may not fit
+    checkpoint.load(state, saved)                                            # last: another run's tensors may not fit
     return now
 
 # %% ../nbs/07a_training.ipynb #610e0cf2
