@@ -21,7 +21,7 @@ def test_package_imports_neither_diffusers_nor_transformers():
     assert modules_after('import pixart_delta_nb') == []
 
 
-@pytest.mark.parametrize('module', ['core', 'schedules', 'solvers', 'consistency', 'transformer'])
+@pytest.mark.parametrize('module', ['core', 'schedules', 'solvers', 'consistency', 'toy', 'transformer'])
 def test_ground_floor_imports_neither_diffusers_nor_transformers(module):
     assert modules_after(f'import pixart_delta_nb.{module}') == []
 
