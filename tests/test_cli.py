@@ -64,3 +64,50 @@ def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(tmp_p
     assert all((p - q).abs().max() < 1e-3 for p, q in zip(start.vae.encoder.parameters(), end.vae.encoder.parameters()))
     difference = max((p - q).abs().max().item() for p, q in zip(start.transformer.parameters(), end.transformer.parameters()))
     assert 0 < difference < .1 and load_tensors(tmp_path/'teacher/latents.safetensors')['latents'].shape == (8, 4, 16, 16)
+
+
+@pytest.fixture
+def edges(tmp_path):
+    from pixart_delta_nb.conditions import truth
+    from pixart_delta_nb.sampling import to_pil
+    from pixart_delta_nb.scenes import make
+    to_pil(truth(make(555, 3)[0], 'edges')/2 + .5)[0].save(tmp_path/'edges.png')
+    return str(tmp_path/'edges.png')
+
+
+def test_a_control_picture_and_its_scale_change_the_image(tmp_path, edges):
+    from PIL import Image
+    for name, options in (('free', []), ('off', ['--control', edges, '--condition', 'given', '--scale', '0']), ('on', ['--control', edges, '--condition', 'given'])):
+        cli.main(['generate', 'a red cube on sand', *options, '--out', str(tmp_path/f'{name}.png')])
+    free, off, on = (Image.open(tmp_path/f'{n}.png').tobytes() for n in ('free', 'off', 'on'))
+    assert free == off != on
+
+
+def test_a_condition_that_the_controlnet_was_not_trained_on_is_refused(tmp_path, edges, capsys):
+    code, message = failed(['generate', 'a red cube', '--control', edges, '--condition', 'depth', '--out', str(tmp_path/'x.png')], capsys)
+    assert code == 1 and 'depth' in message and 'edges' in message and not (tmp_path/'x.png').exists()
+
+
+def test_a_lora_makes_the_teacher_a_student(tmp_path, capsys):
+    from pixart_delta_nb.teacher import shipped
+    cli.main(['generate', 'a red cube on sand', '--lora', str(shipped('lora')), '--out', str(tmp_path/'x.png')])
+    assert '4 network evaluations' in capsys.readouterr().out
+    assert failed(['generate', 'a red cube', '--lora', str(tmp_path), '--out', str(tmp_path/'y.png')], capsys)[0] == 1
+
+
+def test_bench_refuses_steps_that_are_no_numbers(tmp_path, capsys):
+    code, message = failed(['bench', '--steps', '4;14', '--out', str(tmp_path/'b.json')], capsys)
+    assert code == 1 and '4;14' in message
+
+
+def test_controlnet_is_trained_and_saved(tmp_path):
+    from pixart_delta_nb.controlnet import load_controlnet
+    from pixart_delta_nb.teacher import load_pipeline, precompute, save_pipeline
+    data, teacher, out = (tmp_path/n for n in ('data', 'teacher', 'out'))
+    cli.main(['render', '--out', str(data), '--count', '4'])
+    pipe = load_pipeline()
+    save_pipeline(pipe, teacher/'pipeline')
+    images, captions, _ = cli.open_data(data)
+    precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, images, captions, teacher/'latents.safetensors', pipe.scaling_factor)
+    cli.main(['train-controlnet', '--teacher', str(teacher), '--data', str(data), '--out', str(out), '--steps', '2', '--copies', '2', '--scenes', '3'])
+    assert load_controlnet(out/'controlnet', load_pipeline().transformer).facts['condition'] == 'edges'
