@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'NEAR', 'FARTHEST', 'MEASURES', 'blur', 'gradient', 'check_condition', 'truth', 'soft_edges',
            'hard_edges', 'empty_worlds', 'segments', 'nearness', 'extract', 'edge_f_score', 'depth_error', 'mask_iou',
-           'fidelity', 'load_picture']
+           'fidelity', 'closed_gap', 'load_picture']
 
 # %% ../nbs/11a_conditions.ipynb #009c6a1b
 import warnings
@@ -161,7 +161,7 @@ def extract(
 def edge_f_score(
     given: Tensor, # (B, 3, H, W) in [-1, 1]
     extracted: Tensor, # likewise
-    tolerance: int = 2, # τ, pixels
+    tolerance: int = 1, # τ, pixels; 1 is 0.75 % of the diagonal at 128
 ) -> Tensor: # (B,) in [0, 1]; 1 where neither picture has an edge
     "Boundary F of equation (2); `ValueError` for different shapes or a negative tolerance."
     _same(given, extracted)
@@ -204,9 +204,19 @@ def fidelity(
     given: Tensor, # (B, 3, H, W) in [-1, 1], the condition that was given
     images: Tensor, # (B, 3, H, W) in [0, 1], the outputs
     condition: str, # its name
+    **options # of its measure: tolerance, for edges
 ) -> Tensor: # (B,): F (edges, hard, hed), IoU (segmentation), both 1 at best; log-depth error (depth), 0 at best
     "How well images obey a condition: its measure between the condition given and the one extracted."
-    return MEASURES[condition](given, extract(images, condition).to(given))
+    return MEASURES[condition](given, extract(images, condition).to(given), **options)
+
+# %% ../nbs/11a_conditions.ipynb #60209701
+def closed_gap(
+    values: Tensor, # (B,) fidelity under control
+    floor: Tensor, # (B,) without it
+    ceiling: Tensor, # (B,) of the true renders
+) -> float: # 0: as without control, 1: as good as the truth
+    "Share of the gap that control closes, equation (4), of means over images."
+    return ((values.mean() - floor.mean())/(ceiling.mean() - floor.mean())).item()
 
 # %% ../nbs/11a_conditions.ipynb #51668a64
 def load_picture(
