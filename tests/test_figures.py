@@ -35,7 +35,8 @@ FOUND = {
     'peers': {'rows': [row(a, solver=s, network=n, steps=e, evaluations=e) for s, n, a, e in (
         ('DDIM', 'teacher', .5, 8), ('DDIM', 'teacher', .8, 28), ('UniPC', 'teacher', .7, 8), ('student', 'student', .7, 4), ('student', 'student', .6, 1))]},
     'omega': {'rows': [row(a, scale=s, network='teacher', evaluations=28) for s, a in ((1., .5), (4.5, .8), (5.5, .79))]},
-    '2': {'rows': [row(.4 + .1*i/15 + .05*k + .01*s, variant=v, batch=b, seed=s, iteration=i) for k, v in enumerate(('ω = 3.5', 'ω = 4.5')) for b in (8, 32) for s in (0, 1) for i in (0, 15)]},
+    '2': {'rows': [row(.4 + .1*i/15 + .05*k + .01*s + .001*b, variant=v, batch=b, seed=s, iteration=i, steps=n) for k, v in enumerate(('ω embedded', 'ω = 4.5'))
+                   for b, seeds in ((4, (0, 1)), (64, (0,))) for s in seeds for n in (1, 4) for i in (0, 15)]},
     '7': {'captions': ['a', 'b'], 'columns': ['teacher\n14', 'student\n4', 'student\n1'], 'sheet': figures.pack_images(torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)))},
     'table1': {'rows': figures.REPORT_SETTINGS + [{'model': 'here', 'pairs': 9, 'pixels': 128, 'batch': 8, 'memory': '1 GB'}], 'memory': {'before': 2**29, 'peak': 2**30}, 'parameters': 8_000_000},
     'table2': {'report': figures.REPORT_SECONDS, 'speed': {'batch': 2, 'evaluation_ratio': 7., 'denoising_ratio': 6.1, 'end_to_end_ratio': 4.2, 'methods': {
@@ -59,8 +60,22 @@ def test_sentences_follow_the_numbers():
     rows = [r | {'accuracy': .99} if r['network'] == 'student' else r for r in FOUND['peers']['rows']]
     assert 'no solver' in FIGURES['peers'].tell({'rows': rows})
     assert 's = 4.5 (ω = 3.5)' in FIGURES['omega'].tell(FOUND['omega']) and 's = 5.5 may be' in FIGURES['omega'].tell(FOUND['omega'])
-    assert 'Batch 32, iteration 15: best accuracy 0.555 with ω = 4.5; 95 %' in FIGURES['2'].tell(FOUND['2'])
+    assert 'Batch 4, 1 step: 44.1 with ω = 4.5 is the smallest, 95 % interval over seeds [37.7, 50.5], which that of ω embedded overlaps. ' in FIGURES['2'].tell(FOUND['2'])
+    assert 'Batch 64, 4 steps: 38.6 with ω = 4.5 is the smallest; one seed' in FIGURES['2'].tell(FOUND['2'])
     assert '1.27 times as long' in FIGURES['benchmarks'].tell(FOUND['benchmarks'])
+
+
+def test_fig2_counts_the_statements_of_the_report():
+    assert FIGURES['2'].tell(FOUND['2']).endswith('ends lower in 4 of 4 cases; in the report it helps. A fixed ω ends lower than the embedded one in 4 of 4; in the report it does.')
+    worse = [r | {'frechet_imagenet': 99.} if r['batch'] == 64 and r['variant'] == 'ω = 4.5' else r for r in FOUND['2']['rows']]
+    assert 'lower in 2 of 4 cases' in FIGURES['2'].tell({'rows': worse}) and 'embedded one in 2 of 4' in FIGURES['2'].tell({'rows': worse})
+    alone = [r for r in FOUND['2']['rows'] if r['batch'] == 4 and r['variant'] == 'ω = 4.5']
+    assert 'report' not in FIGURES['2'].tell({'rows': alone})
+
+
+def test_fig2_shows_bands_only_over_several_seeds():
+    axes = FIGURES['2'].draw(FOUND['2']).axes                                # a row a number of steps; Fréchet for batch 4 and 64, then CLIP
+    assert [len(ax.collections) for ax in axes] == [2, 0, 2, 0]*2 and [len(ax.lines) for ax in axes] == [2]*8
 
 
 def test_panels_leave_out_scores_that_were_not_measured():
@@ -114,9 +129,17 @@ def test_told_student_starts_as_the_teacher_and_samples(kit):
 
 
 def test_fig2_with_every_variant(kit, data, tmp_path):
-    found = figures.run_fig2(kit, tmp_path, data, marks=(0, 1), accumulate=(2,), images=2, steps=1, batch_size=3)
-    assert [(r['variant'], r['batch'], r['iteration']) for r in found['rows']] == [(v, 6, i) for v in figures.VARIANTS for i in (0, 1)]
-    assert found['settings'] == WORKSHOP | {'batch_size': 3} and found['provenance']['seeds']['run 0'] == 0
+    found = figures.run_fig2(kit, tmp_path, data, marks=(0, 1), batches={3: (5,), 2: (6,)}, images=2, steps=(1, 2))
+    assert [(r['batch'], r['seed'], r['variant'], r['iteration'], r['steps']) for r in found['rows']] == [(b, s, v, i, n) for b, s in ((3, 5), (2, 6)) for v in figures.VARIANTS for i in (0, 1) for n in (1, 2)]
+    assert found['settings'] == {k: v for k, v in WORKSHOP.items() if k != 'batch_size'} and found['provenance']['seeds']['runs of batch 3'] == [5]
+
+
+def test_fig8_goes_on_with_the_first_run_of_fig2(kit, data, tmp_path):
+    figures.run_fig2(kit, tmp_path, data, marks=(0, 1), batches={4: (0,)}, images=2, steps=(1,), variants={'ω = 3.5': figures.VARIANTS['ω = 3.5']})
+    stamp = (tmp_path/'omega-3.5-4-0'/'000001'/'config.json').stat().st_mtime_ns
+    assert figures.run_fig8(kit, tmp_path/'omega-3.5-4-0', marks=(0, 1), captions=1, steps=1)['columns'] == ['0', '1']   # without data, so nothing is trained
+    assert (tmp_path/'omega-3.5-4-0'/'000001'/'config.json').stat().st_mtime_ns == stamp
+    assert figures.run_fig2.__wrapped__.__defaults__[0] + '/omega-3.5-4-0' == figures.run_fig8.__wrapped__.__defaults__[0]
 
 
 def test_fig7_shows_the_lora_only_if_there_is_one(kit):
@@ -172,5 +195,23 @@ def test_reproduce_measures_once_and_again_from_scratch(kit, tmp_path, capsys):
     assert (tmp_path/'run'/'000001'/'config.json').stat().st_mtime_ns == stamp
     figures.reproduce_figure('8', tmp_path/'out', from_scratch=True, **settings)
     assert (tmp_path/'run'/'000001'/'config.json').stat().st_mtime_ns > stamp
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['fig8.json', 'fig8.png', 'fig8.svg']
-    assert 'minutes at the default settings' in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['fig8.json', 'fig8.png']
+    assert 'minutes at the default settings' in capsys.readouterr().out and not (tmp_path/'run'/'unfinished').exists()
+
+
+def test_from_scratch_goes_on_with_a_run_that_was_cut_off(kit, tmp_path, monkeypatch):
+    settings = dict(kit=kit, run=tmp_path/'run', data=figures.training_data(kit.teacher, 2), marks=(0, 1), captions=1, steps=1, batch_size=1)
+    monkeypatch.setattr(figures, 'decode', lambda *a: 1/0)
+    with pytest.raises(ZeroDivisionError): figures.reproduce_figure('8', tmp_path/'out', from_scratch=True, **settings)
+    stamp = (tmp_path/'run'/'000000'/'config.json').stat().st_mtime_ns
+    monkeypatch.undo()
+    figures.reproduce_figure('8', tmp_path/'out', from_scratch=True, **settings)
+    assert (tmp_path/'run'/'000000'/'config.json').stat().st_mtime_ns == stamp and (tmp_path/'out'/'fig8.json').is_file()
+
+
+def test_provenance_is_the_command_line_where_nothing_was_set(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, 'open_kit', lambda: kit)
+    entry = figures.Figured('omega', 'title', lambda kit, images=2: figures.run_omega(kit, images=images, scales=(1., 4.5), steps=1), figures.draw_omega, figures.tell_omega, 1)
+    monkeypatch.setitem(FIGURES, 'omega', entry)
+    made = [figures.reproduce_figure('omega', tmp_path, from_scratch=True, **more)['provenance']['command'] for more in ({}, {'images': 3})]
+    assert made == ['pixart-delta reproduce --figure omega --from-scratch', 'run_omega(kit)']
