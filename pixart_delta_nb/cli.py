@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Folder', 'Device', 'Resume', 'Bf16', 'Data', 'Steps', 'generate', 'controlled', 'reproduce', 'open_data',
            'render', 'train_vae', 'train_text', 'train_teacher', 'distill', 'condition_latents', 'train_controlnet',
-           'train_evaluator', 'evaluate', 'precompute', 'bench', 'check_writable', 'main']
+           'train_evaluator', 'train_clip', 'evaluate', 'precompute', 'bench', 'check_writable', 'main']
 
 # %% ../nbs/16_cli.ipynb #e2ea709c
 import sys
@@ -65,7 +65,7 @@ def controlled(pipe, control, condition, scale):
 @app.command()
 def reproduce(out: Annotated[Optional[Path], typer.Option(help='Folder to write to; out/reproduce, or results for a figure, if not given.')] = None,
               images: Annotated[int, typer.Option(help='Images a method for the quality figures.')] = 256,
-              figure: Annotated[Optional[str], typer.Option(help='Only this figure or table: 2, 7, 8, table1, table2, peers, omega, benchmarks, or all of them.')] = None,
+              figure: Annotated[Optional[str], typer.Option(help='Only this figure or table, such as 2, table1 or peers; all makes each one that is missing.')] = None,
               from_scratch: Annotated[bool, typer.Option('--from-scratch', help='Measure a figure again, training what it needs, even where a result is stored.')] = False):
     "Measure speed and quality from the shipped weights; write JSON, figures and report.html. With --figure: one figure of the report."
     from pixart_delta_nb.core import require
@@ -76,9 +76,9 @@ def reproduce(out: Annotated[Optional[Path], typer.Option(help='Folder to write 
         from pixart_delta_nb.figures import FIGURES, reproduce_figure
         for name in FIGURES if figure == 'all' else [figure]: reproduce_figure(name, out, from_scratch)
         return typer.echo(f'{out}')
-    from pixart_delta_nb import results
-    found = results.reproduce(out, images=images, command=f'pixart-delta reproduce --images {images}')
-    typer.echo(results.table_text(found))
+    from pixart_delta_nb import figures, results
+    found = figures.reproduce(out, images, command=f'pixart-delta reproduce --images {images}')
+    typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}')
     typer.echo(f"autoencoder: {found['renders']['psnr']:.2f} dB")
     for s in found['speed']:
         typer.echo(f"batch {s['batch']}: student 4 against teacher 14: {s['evaluation_ratio']:.1f} times fewer evaluations, denoising {s['denoising_ratio']:.2f} times, end to end {s['end_to_end_ratio']:.2f} times faster")
@@ -225,15 +225,28 @@ def train_evaluator(out: Folder = Path('runs/evaluator')):
     typer.echo(f"{out}: reads {make_evaluator(out)['overall']:.4f} of the attributes of held-out renders")
 
 @app.command()
+def train_clip(out: Folder = Path('runs/clip'), steps: Steps = 500, scenes: Annotated[int, typer.Option(help='Renders to learn from.')] = 6000,
+               resume: Resume = False, bf16: Bf16 = False):
+    "Render scenes for a CLIP alone, train it, and print how often it finds the caption of a held-out render among 32."
+    from pixart_delta_nb import scores
+    check_writable(out)
+    accuracy = scores.train_clip(out, scenes, steps, bf16=bf16, resume=resume)[1]
+    typer.echo(f'{out}/clip: finds {accuracy:.3f} of the captions of held-out renders among 32')
+
+# %% ../nbs/16_cli.ipynb #ca11ab1e
+@app.command()
 def evaluate(teacher: Annotated[Optional[Path], typer.Option(help='Pipeline folder; the shipped one if not given.')] = None,
              student: Annotated[Optional[Path], typer.Option(help='Transformer folder of the student.')] = None, out: Folder = Path('out/evaluate'),
              images: Annotated[int, typer.Option(help='Images a method; 2048 for a Fréchet distance to quote.')] = 2048,
-             methods: Annotated[str, typer.Option(help='What to compare.')] = 'teacher 14, teacher 4, student 4, student 2'):
+             methods: Annotated[str, typer.Option(help='What to compare.')] = 'teacher 14, teacher 4, student 4, student 2, student 1',
+             public: Annotated[bool, typer.Option('--public', help='FID and KID with Inception, and the CLIP of the literature; fetches both.')] = False):
     "The measurements of `reproduce` on any teacher and student, with as many images as a score to quote needs."
-    from pixart_delta_nb import results
+    from pixart_delta_nb import figures, results
     check_writable(out)
-    found = results.reproduce(out, images, teacher, student, f'pixart-delta evaluate --images {images} --methods "{methods}"', results.parse_methods(methods))
-    typer.echo(results.table_text(found))
+    chosen, kit = results.parse_methods(methods), results.open_kit(teacher, student or 'shipped', public)
+    command = f'pixart-delta evaluate --images {images} --methods "{methods}"' + ' --public'*public + ' --teacher PATH'*bool(teacher) + ' --student PATH'*bool(student)
+    found = figures.reproduce(out, images, kit, command, chosen)
+    typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}')
 
 # %% ../nbs/16_cli.ipynb #cfc04cdc
 @app.command()
