@@ -11,6 +11,8 @@ import base64, contextlib, html, inspect, io, json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from .control import (draw_control_cost, draw_fig5, draw_fig6, run_control_cost, run_fig5, run_fig6, run_fig12, tell_control_cost, tell_fig5,
+                                   tell_fig6, tell_fig12)
 from .core import PALETTE, load_metadata, provenance, require, use_style, write_atomic
 from .costs import draw_benchmarks, draw_table1, draw_table2, run_benchmarks, run_table1, run_table2, tell_benchmarks, tell_table1, tell_table2
 from .learning import draw_fig2, run_fig2, run_fig8, tell_fig2
@@ -61,15 +63,19 @@ class Figured:
     tell: object
     evaluations: int
 
-FIGURES = {'2': Figured('fig2', 'Distilling with other ω (Fig. 2)', run_fig2, draw_fig2, tell_fig2, 3*(3*4 + 64)*200*6 + 3*4*6*128*(1 + 2 + 4)),
+FIGURES = {'2': Figured('fig2', 'Distilling with other ω (Fig. 2)', run_fig2, draw_fig2, tell_fig2, 3*(3*4 + 64)*60*6 + 3*4*5*64*(1 + 4)),
            '3': Figured('fig3', 'Noise schedules (Fig. 3)', run_fig3, draw_fig3, tell_fig3, 0),
+           '5': Figured('fig5', 'Copies and wirings of a ControlNet (Fig. 5)', run_fig5, draw_fig5, tell_fig5, 10*(200*16*4 + 9*2*32*5 + 32*2*2*40)),
+           '6': Figured('fig6', 'Sudden convergence (Fig. 6)', run_fig6, draw_fig6, tell_fig6, 200*16*4 + 9*32*5),
            '7': Figured('fig7', 'The same noise, fewer steps (Fig. 7)', run_fig7, draw_strip_of, tell_strip, 4*(28 + 8 + 8 + 4 + 2 + 1 + 6)),
-           '8': Figured('fig8', 'Four steps while distilling (Fig. 8)', run_fig8, draw_strip_of, tell_strip, 4*200*6 + 6*4*4),
+           '8': Figured('fig8', 'Four steps while distilling (Fig. 8)', run_fig8, draw_strip_of, tell_strip, 4*60*6 + 5*4*4),
+           '12': Figured('fig12', 'Control while training (Fig. 12)', run_fig12, draw_strip_of, tell_fig12, 200*16*4 + 5*4*40),
            'table1': Figured('table1', 'Settings and memory (Table 1)', run_table1, draw_table1, tell_table1, 2*24*6),
            'table2': Figured('table2', 'Seconds an image (Table 2)', run_table2, draw_table2, tell_table2, 6*(28 + 8 + 4 + 2 + 1)),
-           'peers': Figured('peers', 'Quality against evaluations', run_peers, draw_peers, tell_peers, 128*(4*2*54 + 2*49 + 15)),
-           'omega': Figured('omega', 'The teacher\'s best guidance', run_omega, draw_omega, tell_omega, 128*(14 + 5*28)),
-           'attributes': Figured('attributes', 'Attributes by category, seen and unseen pairs', run_attributes, draw_attributes, tell_attributes, 512*(28 + 4)),
+           'peers': Figured('peers', 'Quality against evaluations', run_peers, draw_peers, tell_peers, 64*(4*2*54 + 2*49 + 15)),
+           'omega': Figured('omega', 'The teacher\'s best guidance', run_omega, draw_omega, tell_omega, 64*(14 + 5*28)),
+           'attributes': Figured('attributes', 'Attributes by category, seen and unseen pairs', run_attributes, draw_attributes, tell_attributes, 256*(28 + 4)),
+           'control-cost': Figured('control-cost', 'What a copy costs', run_control_cost, draw_control_cost, tell_control_cost, 8*8*5*3),
            'benchmarks': Figured('benchmarks', 'Step and samplers against stock code', run_benchmarks, draw_benchmarks, tell_benchmarks, 6*8*24 + 6*4*2*(15 + 8 + 28))}
 
 # %% ../nbs/14f_figures.ipynb #e03e5bae

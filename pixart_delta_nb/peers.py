@@ -47,7 +47,7 @@ def sample_with(pipe, solver: str, captions, steps: int, guidance_scale=4.5, see
 
 # %% ../nbs/14b_peers.ipynb #30fd6c64
 @measured('peers')
-def run_peers(kit: Kit, images=128, calls=(1, 2, 4, 8, 14, 25), student_steps=(1, 2, 4, 8), solvers=tuple(SOLVERS), guidance_scale=4.5, seed=101) -> dict:
+def run_peers(kit: Kit, images=64, calls=(1, 2, 4, 8, 14, 25), student_steps=(1, 2, 4, 8), solvers=tuple(SOLVERS), guidance_scale=4.5, seed=101) -> dict:
     "Grades of the teacher by every solver at about `calls` guided calls, and of the student, with counted evaluations."
     paper, rows = exam(images, seed), []
     def add(name, network, steps, latents, pipe):
@@ -98,7 +98,7 @@ def tell_peers(found: dict) -> str: # of `run_peers`
 
 # %% ../nbs/14b_peers.ipynb #be38ce00
 @measured('omega')
-def run_omega(kit: Kit, images=128, scales=(1., 2., 3., 4.5, 5.5, 7.5), steps=14, seed=101) -> dict:
+def run_omega(kit: Kit, images=64, scales=(1., 2., 3., 4.5, 5.5, 7.5), steps=14, seed=101) -> dict:
     "Grades of the teacher for guidance scales s = 1 + ω."
     paper, rows = exam(images, seed), []
     for s in scales:
@@ -124,7 +124,7 @@ def tell_omega(found: dict) -> str: # of `run_omega`
 
 # %% ../nbs/14b_peers.ipynb #c2c0ffee
 @measured('attributes')
-def run_attributes(kit: Kit, images=256, methods=(Method('teacher', 14), Method('student', 4)), seed=101) -> dict:
+def run_attributes(kit: Kit, images=128, methods=(Method('teacher', 14), Method('student', 4)), seed=101) -> dict:
     "`accuracy_table` of each method, for `images` captions of seen pairs and as many of unseen ones."
     draw = lambda m: lambda captions: images_of(kit.teacher, kit.student, m, captions)
     return {'images': images, 'tables': {m.name: accuracy_table(draw(m), kit.judge, images, seed) for m in methods}, 'seeds': {'captions': seed}}

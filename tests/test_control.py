@@ -1,0 +1,74 @@
+"""Ablation of the ControlNet: runs that resume, sentences that follow from numbers, figures from stored numbers alone."""
+import json
+import pytest, torch
+from pixart_delta_nb.control import (RUNS, control_data, control_snapshots, draw_control_cost, draw_fig5, draw_fig6, ends, held_out, jumps, obey, run_control_cost,
+                                     run_fig6, run_fig12, run_folder, tell_control_cost, tell_fig5, tell_fig6)
+from pixart_delta_nb.results import tiny_kit
+
+
+@pytest.fixture(scope='module')
+def kit(): return tiny_kit()
+
+@pytest.fixture(scope='module')
+def data(kit): return control_data(kit.teacher, count=4)
+
+def scores(full, none): # of one run's end
+    return {'ceiling': {'fidelity': .9}, 'scores': [{'captions': told, 'method': m, 'scale': s, 'fidelity': v*s + .2*(1 - s)}
+            for told, v in (('full', full), ('none', none)) for m in ('student 4', 'teacher 14') for s in (0., 1.)]}
+
+def ablation(transformer, unet): # of `run_fig5`, with these fidelities without words, a seed each
+    rows = [{'run': f'{name}, N = 7', 'seed': i, 'final': scores(.85, v)} for name, values in (('Transformer', transformer), ('UNet', unet)) for i, v in enumerate(values)]
+    return {'rows': rows}
+
+
+def test_runs_are_those_of_the_report():
+    assert {(r['num_copies'], r.get('wiring', 'transformer')) for r in RUNS.values()} == {(1, 'transformer'), (2, 'transformer'), (4, 'transformer'), (7, 'transformer'), (13, 'transformer'), (7, 'unet')}
+
+def test_folders_of_runs_differ(tmp_path): assert len({run_folder(tmp_path, name, s) for name in RUNS for s in (0, 1)}) == 2*len(RUNS)
+
+def test_a_run_in_segments_is_the_run_in_one_piece(kit, data, tmp_path):
+    paused = dict(control_snapshots(kit.teacher, data, tmp_path/'a', (0, 1, 3), num_copies=1, batch=2))
+    through = dict(control_snapshots(kit.teacher, data, tmp_path/'b', (3,), num_copies=1, batch=2))
+    assert all(torch.equal(a, b) for a, b in zip(paused[3].adapter.state_dict().values(), through[3].adapter.state_dict().values()))
+
+def test_step_zero_is_the_floor(kit, tmp_path):
+    (_, net), = control_snapshots(kit.teacher, None, tmp_path, (0,), num_copies=1)
+    paper = held_out(2)
+    assert torch.equal(obey(kit, net, paper, steps=1), obey(kit, net, paper, steps=1, scale=0.))
+
+def test_a_folder_of_another_run_is_refused(kit, tmp_path):
+    list(control_snapshots(kit.teacher, None, tmp_path, (0,), num_copies=1))
+    with pytest.raises(ValueError, match='other settings'): list(control_snapshots(kit.teacher, None, tmp_path, (0,), num_copies=2))
+
+def test_marks_that_a_run_lacks_are_refused(kit, tmp_path):
+    with pytest.raises(ValueError, match='choose among these'): run_fig12(kit, tmp_path, None, marks=(0,), at=(5,))
+
+@pytest.mark.parametrize('transformer, unet, wanted', [((.8, .82, .81), (.6, .61, .62), 'Transformer wiring is ahead in the mean of 3 seeds; the seeds of the two do not overlap.'),
+    ((.6, .7), (.65, .8), 'UNet wiring is ahead in the mean of 2 seeds; the seeds of the two overlap'), ((.8,), (.7, .6), 'no comparison')])
+def test_wirings_are_compared_by_their_seeds(transformer, unet, wanted): assert wanted in tell_fig5(ablation(transformer, unet))
+
+def test_ends_pick_scale_and_captions():
+    found = ablation((.8, .7), (.6,))
+    assert ends(found, 'none', 'student 4') == {'Transformer, N = 7': [.8, .7], 'UNet, N = 7': [.6]}
+    assert ends(found, 'full', 'teacher 14', 0.) == {'Transformer, N = 7': [.2, .2], 'UNet, N = 7': [.2]}
+
+def test_figure_5_is_drawn_from_numbers_alone():
+    left, right = draw_fig5(json.loads(json.dumps(ablation((.8, .7), (.6,))))).axes
+    assert left.get_title() == 'with its caption' and right.get_title() == 'without words'
+
+def test_a_jump_is_told_from_a_ramp():
+    ramp, step, flat = torch.linspace(0, 1, 5), torch.tensor([0., 0, 1, 1, 1]), torch.full((5,), .3)
+    assert jumps({'values': torch.stack([ramp, step, flat], 1).tolist()}) == pytest.approx([.25, 1.])
+
+def test_figure_6_keeps_values_and_pictures(kit, data, tmp_path):
+    found = json.loads(json.dumps(run_fig6(kit, tmp_path, data, 'Transformer, N = 1', (0, 1), images=2, shown=1, batch=2)))
+    assert (len(found['values']), len(found['values'][0]), found['columns']) == (2, 2, ['edges', '0', '1'])
+    assert len(draw_fig6(found).subfigs) == 2 and isinstance(tell_fig6(found), str)
+
+def test_nothing_sudden_is_said_of_images_that_do_not_rise():
+    assert 'nothing to call sudden' in tell_fig6({'values': [[.5, .5], [.5, .55]], 'ceiling': [1., 1.], 'marks': [0, 1]})
+
+def test_cost_counts_parameters_and_keeps_evaluations(kit):
+    found = run_control_cost(kit, copies=(1, 99), batch=1, repeats=1)
+    assert [r['copies'] for r in found['rows']] == [1] and 'Evaluations added: none' in tell_control_cost(found)
+    assert len(draw_control_cost(found).axes[0].lines) == 2
