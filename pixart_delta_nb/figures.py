@@ -10,7 +10,6 @@ __all__ = ['FIGURES', 'PAGE', 'run_fig3', 'draw_fig3', 'tell_fig3', 'Figured', '
 import base64, contextlib, html, inspect, io, json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from .core import PALETTE, load_metadata, provenance, require, use_style, write_atomic
 from .costs import draw_benchmarks, draw_table1, draw_table2, run_benchmarks, run_table1, run_table2, tell_benchmarks, tell_table1, tell_table2
 from .learning import draw_fig2, run_fig2, run_fig8, tell_fig2
