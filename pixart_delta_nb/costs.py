@@ -21,7 +21,7 @@ from .sampling import generate, make_generators
 from .schedules import add_noise, at
 from .scenes import make
 from .solvers import ddim_step, skip_grid
-from .teacher import BETAS, encode_captions, null_caption
+from .teacher import BETAS, null_caption
 
 # %% ../nbs/14e_costs.ipynb #72554cd7
 REPORT_SETTINGS = [{'model': 'PixArt-δ', 'pairs': '120K', 'pixels': 1024, 'batch': '12×32', 'memory': '~32 GB'},

@@ -10,7 +10,6 @@ __all__ = ['FIGURES', 'PAGE', 'run_fig3', 'draw_fig3', 'tell_fig3', 'Figured', '
 import base64, contextlib, html, inspect, io, json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from .control import (draw_control_cost, draw_fig5, draw_fig6, run_control_cost, run_fig5, run_fig6, run_fig12, tell_control_cost, tell_fig5,
                                    tell_fig6, tell_fig12)
 from .core import PALETTE, load_metadata, provenance, require, use_style, write_atomic

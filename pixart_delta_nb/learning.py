@@ -10,7 +10,7 @@ __all__ = ['WORKSHOP', 'MARKS', 'VARIANTS', 'BATCHES', 'embed_guidance', 'traini
 import copy, dataclasses, itertools, json, statistics
 from pathlib import Path
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import PALETTE, require, use_style, write_atomic
 from .distill import Batch, lcd_train
 from .peers import _strip

@@ -92,7 +92,7 @@ def tell_peers(found: dict) -> str: # of `run_peers`
         best = max(student, key=lambda r: sign*r[value])
         equal = [r for r in teacher if sign*r[value] >= sign*best[value]]
         first = min(equal, key=lambda r: r['evaluations']) if equal else None
-        text.append(f"{LABELS[value].capitalize()}: the student's best is {best[value]:.3g}, at {best['evaluations']} evaluations; " +
+        text.append(f"{LABELS[value][0].upper()}{LABELS[value][1:]}: the student's best is {best[value]:.3g}, at {best['evaluations']} evaluations; " +
                     (f"the teacher reaches it with {first['solver']} at {first['evaluations']}." if first else 'no solver brings the teacher there.'))
     return ' '.join(text)
 

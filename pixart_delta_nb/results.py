@@ -12,7 +12,7 @@ import contextlib, functools, statistics, textwrap, time
 from dataclasses import dataclass
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import image_grid, provenance, require, use_style, PALETTE
 from .lora import apply_lora
 from .metrics import Evaluator, attribute_accuracy, features_of, frechet_distance, imagenet_features, load_evaluator

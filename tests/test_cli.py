@@ -14,7 +14,7 @@ def failed(arguments, capsys):
 
 def test_help_lists_the_commands():
     text = CliRunner().invoke(cli.app, ['--help']).output
-    assert all(name in text for name in ('generate', 'reproduce'))
+    assert all(name in text for name in ('generate', 'reproduce', 'evaluate', 'train-clip'))
 
 
 def test_generate_writes_a_picture_that_depends_on_the_seed_alone(tmp_path):
@@ -111,3 +111,43 @@ def test_controlnet_is_trained_and_saved(tmp_path):
     precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, images, captions, teacher/'latents.safetensors', pipe.scaling_factor)
     cli.main(['train-controlnet', '--teacher', str(teacher), '--data', str(data), '--out', str(out), '--steps', '2', '--copies', '2', '--scenes', '3'])
     assert load_controlnet(out/'controlnet', load_pipeline().transformer).facts['condition'] == 'edges'
+
+
+def test_a_figure_is_made_by_name_and_drawn_again_without_measuring(tmp_path, capsys):
+    import json
+    cli.main(['reproduce', '--figure', '3', '--from-scratch', '--out', str(tmp_path)])
+    first = (tmp_path/'fig3.json').read_text()
+    assert json.loads(first)['provenance']['command'] == 'pixart-delta reproduce --figure 3 --from-scratch'
+    (tmp_path/'fig3.png').unlink()
+    cli.main(['reproduce', '--figure', '3', '--out', str(tmp_path)])
+    assert (tmp_path/'fig3.json').read_text() == first and (tmp_path/'fig3.png').is_file() and 'logSNR' in capsys.readouterr().out
+
+
+def test_all_makes_every_figure_of_the_index(tmp_path, monkeypatch):
+    from pixart_delta_nb import figures
+    made = []
+    monkeypatch.setattr(figures, 'reproduce_figure', lambda *arguments: made.append(arguments))
+    cli.main(['reproduce', '--figure', 'all', '--out', str(tmp_path)])
+    assert made == [(name, tmp_path, False) for name in figures.FIGURES]
+
+
+@pytest.mark.parametrize('options, words', [(['--figure', '99'], 'one of 2, 3'), (['--from-scratch'], '--figure'), (['--images', '1'], '--images')])
+def test_reproduce_refuses_in_one_sentence(options, words, tmp_path, capsys):
+    code, message = failed(['reproduce', *options, '--out', str(tmp_path)], capsys)
+    assert code == 1 and words in message and len(message.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_public_networks_are_refused_in_one_sentence_without_a_connection(tmp_path, capsys, monkeypatch):
+    from pixart_delta_nb import results
+    def offline(): raise ValueError('Inception v3 could not be loaded (OSError); it needs a network connection')
+    monkeypatch.setattr(results, 'inception_features', offline)
+    code, message = failed(['evaluate', '--public', '--images', '2', '--out', str(tmp_path)], capsys)
+    assert code == 1 and 'network connection' in message and len(message.strip().splitlines()) == 1
+
+
+def test_clip_is_trained_and_opens(tmp_path, capsys, monkeypatch):
+    from pixart_delta_nb import scores
+    small = scores.train_clip
+    monkeypatch.setattr(scores, 'train_clip', lambda *arguments, **options: small(*arguments, batch=8, held_out=32, workers=1, progress=False, **options))
+    cli.main(['train-clip', '--out', str(tmp_path), '--steps', '2', '--scenes', '8'])
+    assert 'among 32' in capsys.readouterr().out and scores.load_clip(tmp_path/'clip').model.config.projection_dim == 64

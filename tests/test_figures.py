@@ -64,7 +64,7 @@ def test_every_figure_is_drawn_and_told_from_its_numbers_alone(name):
 
 def test_sentences_follow_the_numbers():
     told = FIGURES['peers'].tell(FOUND['peers'])
-    assert 'is 0.7, at 4 evaluations; the teacher reaches it with UniPC at 8. Fréchet distance, imagenet: the student\'s best is 30, at 4' in told
+    assert 'is 0.7, at 4 evaluations; the teacher reaches it with UniPC at 8. Fréchet distance, ImageNet: the student\'s best is 30, at 4' in told
     told = FIGURES['attributes'].tell(FOUND['attributes'])
     assert 'teacher 14: 0.900 of the attributes of seen pairs and 0.890 of unseen ones, which their intervals do not tell apart; weakest for unseen pairs is sky with 0.810' in told
     assert 'student 4: 0.900 of the attributes of seen pairs and 0.800 of unseen ones, which their intervals tell apart' in told

@@ -1,4 +1,4 @@
-"""The README quotes no decimal number that is not found, rounded, in a results file or in the card of the weights."""
+"""README and notebooks quote no decimal number that is not found, rounded, in a results file, in the card of the weights or, in a notebook, in its cells."""
 import json, re
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def measured() -> set:
     pool = set()
     for path in [*ROOT.glob('results/**/*.json'), *ROOT.glob('pixart_delta_nb/weights/**/card.json')]:
         found = json.loads(path.read_text(encoding='utf-8'))
-        pool |= set(numbers({k: v for k, v in found.items() if k not in ('provenance', 'sheet', 'sha256')} if isinstance(found, dict) else found))
+        pool |= set(numbers({k: v for k, v in found.items() if k not in ('provenance', 'sheet', 'sha256', 'schedules', 'intervals')} if isinstance(found, dict) else found))
         pool |= set(an_image(found))
     return pool
 
@@ -55,6 +55,48 @@ def test_readme_quotes_measured_numbers_only():
     pool = measured()
     missing = [text + '%'*percent for text, decimals, percent in quoted((ROOT/'README.md').read_text(encoding='utf-8')) if not found_in(text, decimals, percent, pool)]
     assert not missing, f'README.md quotes {", ".join(missing)}, which no results file and no card holds: run the measurement again, or correct the number.'
+
+
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+MATHS = re.compile(r'\$\$.*?\$\$|\$[^$\n]*\$', re.S)
+IN_CODE = re.compile(r'(?<![\w.])(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?')
+GIVEN = {3.5, 4.5, 5.5, .00085, .012, 5.4, 4.7,   # the report's ω and s, LCM's β; billions of parameters of PixArt's parts and of T5-XXL's encoder
+         5.45, .85, 5.55, .75,                    # rounding of Table 2's V100 row; 0.75 % of the diagonal, usual in edge detection
+         43.8, 2.5, 97.5, 1.96, 4.303}            # quantiles: chi-squared with 19 degrees of freedom, percentiles, normal, t with 2
+
+
+def prose_of(path):
+    "(markdown without formulas, numbers printed above it) of each cell with text."
+    above = set()
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        if cell['cell_type'] == 'markdown': yield MATHS.sub(' ', ''.join(cell['source'])), set(above)
+        else: above |= {float(n) for o in cell.get('outputs', []) for n in IN_CODE.findall(''.join(o.get('text', '')) + ''.join(o.get('data', {}).get('text/plain', '')))}
+
+
+def written(path):
+    "Numbers in a notebook's code: what it sets, such as the means of a toy problem."
+    code = (''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
+    return {float(n) for source in code for n in IN_CODE.findall(source)}
+
+
+def unfounded(path, pool):
+    "Decimal numbers of a notebook's prose that nothing holds."
+    pool = pool | GIVEN | written(path)
+    return [text + '%'*percent for prose, above in prose_of(path) for text, decimals, percent in quoted(prose) if not (
+        found_in(text, decimals, percent, pool | above) or percent and found_in(text, decimals, False, pool | above))]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_quote_numbers_of_a_cell_above_or_of_results_only(path):
+    missing = unfounded(path, measured())
+    assert not missing, f'{path.name} quotes {", ".join(missing)}, which no cell above, no results file and no card holds: print the number, or leave it out.'
+
+
+def test_checker_of_notebooks_wants_the_output_above(tmp_path):
+    prose = {'cell_type': 'markdown', 'source': 'Accuracy 0.731, with $x = 0.25$, at rate 0.125, and 61.5 %.'}
+    cell = {'cell_type': 'code', 'source': 'rate = .125', 'outputs': [{'text': 'accuracy 0.7312, share 0.615'}]}
+    for name, cells in (('above', [cell, prose]), ('below', [prose, cell])): (tmp_path/name).write_text(json.dumps({'cells': cells}))
+    assert unfounded(tmp_path/'above', set()) == [] and unfounded(tmp_path/'below', set()) == ['0.731', '61.5%']
 
 
 @pytest.mark.parametrize('text,expected', [
@@ -75,3 +117,17 @@ def test_checker_reads_numbers_in_text_and_lists(): assert set(numbers({'a': [1,
 def test_checker_knows_seconds_an_image():
     found = {'speed': [{'batch': 4, 'methods': {'student 4': {'whole': 2., 'transformer': 1., 'overhead': .2}}}]}
     assert set(an_image(found)) == {.5, .25, .05, .3}
+
+
+def test_stored_scores_meet_the_mark():
+    "Student's Fréchet distance over the teacher's at 14 steps: at most 1.1 at 4 steps, 1.5 at 2."
+    found = json.loads((ROOT/'results/evaluate/results.json').read_text(encoding='utf-8'))
+    distance = {r['method']: r['frechet_imagenet'] for r in found['quality']}
+    assert distance['student 4'] <= 1.1*distance['teacher 14']
+    if 'student 2' in distance: assert distance['student 2'] <= 1.5*distance['teacher 14']
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('results/**/*.json')), ids=lambda p: str(p.relative_to(ROOT/'results')))
+def test_results_carry_their_provenance(path):
+    found = json.loads(path.read_text(encoding='utf-8'))['provenance']
+    assert {'command', 'seeds', 'commit', 'versions', 'hardware', 'finished', 'wall_seconds'} <= set(found)
