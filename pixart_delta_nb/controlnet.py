@@ -6,18 +6,20 @@
 __all__ = ['ENTRIES', 'WIRINGS', 'RENAMED', 'CAPTIONS', 'ControlBlock', 'ControlAdapter', 'check_wiring', 'ControlNetTransformer',
            'check_control', 'check_base', 'Controlled', 'precompute_control', 'sample_controlled', 'train_controlnet',
            'check_data', 'save_controlnet', 'load_controlnet', 'convert_released', 'adapter_parameters',
-           'adapter_flops', 'measure_control']
+           'adapter_flops', 'example_inputs', 'base_flops', 'measure_cost', 'measure_control']
 
 # %% ../nbs/11_controlnet.ipynb #0addd80c
-import copy, json, math
+import copy, json, math, statistics
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from .conditions import check_condition, closed_gap, fidelity, truth
 from .core import load_tensors, require, save_tensors, seed_everything, write_atomic
+from .distill import _seconds
 from .metrics import attribute_accuracy, bootstrap_interval
 from .sampling import decode, sample_student, sample_teacher
 from .scenes import attributes, make, render
@@ -318,6 +320,47 @@ def adapter_flops(
     "Equation (8)."
     D, T, L = config.width, (config.sample_size//config.patch_size)**2, caption_tokens
     return num_copies*2*(14*T*D*D + 2*L*D*D + 2*T*T*D + 2*T*L*D) + (num_copies + 1)*2*T*D*D
+
+# %% ../nbs/11_controlnet.ipynb #3af0bf02
+def example_inputs(
+    config: TransformerConfig, # of the base
+    batch: int = 1, # B
+    caption_tokens: int = 120, # L
+) -> tuple: # ((latents, timestep, caption, mask), {micro-conditions}), noise of the right shapes
+    "Inputs of a transformer at its own size, for counting and timing."
+    latents = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
+    given = latents, torch.full((batch,), 500.), torch.randn(batch, caption_tokens, config.caption_channels), torch.ones(batch, caption_tokens)
+    return given, dict(resolution=torch.ones(batch, 2), aspect_ratio=torch.ones(batch, 1)) if config.use_additional_conditions else {}
+
+def base_flops(
+    base, # PixArtTransformer
+    caption_tokens: int = 120, # L
+) -> int: # operations of one evaluation of one image, at its own size
+    "Counted on the meta device, where every operation is counted; a CPU's fused attention is not."
+    with torch.device('meta'):
+        given, extra = example_inputs(base.config, 1, caption_tokens)
+        with FlopCounterMode(display=False) as count: type(base)(base.config)(*given, **extra)
+    return count.get_total_flops()
+
+# %% ../nbs/11_controlnet.ipynb #1f19d301
+@torch.no_grad()
+def measure_cost(
+    base, # PixArtTransformer; its gradients are switched off
+    numbers: tuple = (1, 2, 4, 7, 13), # N
+    batch: int = 16, # images at once
+    caption_tokens: int = 20, # L
+    repeats: int = 5, # rounds, after one to warm up
+) -> list: # a dict for each N: num_copies, parameters, flops (added, an image), predicted and measured (times the base), seconds and base_seconds (an evaluation of the batch)
+    "Seconds of an evaluation under control, beside what equation (8) predicts; `ValueError` for an N that does not fit."
+    config, weight = base.config, base.proj_out.weight
+    given, extra = example_inputs(config, batch, caption_tokens)
+    given, extra = [x.to(weight) for x in given], {k: v.to(weight) for k, v in extra.items()}
+    networks = {0: (base, given)} | {n: (ControlNetTransformer(base, n).eval(), (*given, given[0])) for n in numbers}
+    rounds = [{n: _seconds(lambda: net(*x, **extra), weight.device) for n, (net, x) in networks.items()} for _ in range(repeats + 1)]
+    seconds = {n: statistics.median(r[n] for r in rounds[1:]) for n in networks}
+    added, alone = {n: adapter_flops(config, n, caption_tokens) for n in numbers}, base_flops(base, caption_tokens)
+    return [{'num_copies': n, 'parameters': adapter_parameters(config, n), 'flops': added[n], 'predicted': 1 + added[n]/alone,
+             'measured': seconds[n]/seconds[0], 'seconds': seconds[n], 'base_seconds': seconds[0]} for n in numbers]
 
 # %% ../nbs/11_controlnet.ipynb #d1a4b49e
 CAPTIONS = {'full': lambda caption: caption, 'none': lambda caption: ''}    # what the network is told of a scene

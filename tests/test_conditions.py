@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_delta_nb.conditions import (CONDITIONS, blur, depth_error, edge_f_score, empty_worlds, extract, fidelity, gradient,
+from pixart_delta_nb.conditions import (CONDITIONS, blur, closed_gap, depth_error, edge_f_score, empty_worlds, extract, fidelity, gradient,
                                         hard_edges, load_picture, mask_iou, soft_edges, truth)
 from pixart_delta_nb.scenes import Scene, Thing, make, render
 
@@ -78,13 +78,32 @@ def test_blur_keeps_a_constant():
     assert torch.allclose(blur(torch.full((2, 3, 9, 9), .3), 1.5), torch.full((2, 3, 9, 9), .3))
 
 
-@pytest.mark.parametrize('shift,expected', [(0, 1.), (2, 1.), (3, 0.)])
-def test_tolerance_is_counted_in_pixels(shift, expected):
+@pytest.mark.parametrize('shift,expected', [(0, 1.), (1, 1.), (2, 0.)])
+def test_tolerance_is_one_pixel(shift, expected):
     assert edge_f_score(lines(10), lines(10 + shift)).item() == expected
 
 
 def test_tolerance_zero_wants_the_same_pixels():
     assert edge_f_score(lines(10), lines(11), 0) == 0 and edge_f_score(lines(10), lines(10), 0) == 1
+
+
+def test_a_larger_tolerance_forgives_more_and_reaches_the_measure():
+    assert edge_f_score(lines(10), lines(12), 2) == 1
+    image = torch.zeros(1, 3, 32, 32); image[..., 16:] = 1
+    given = extract(image, 'edges').roll(3, -1)
+    assert fidelity(given, image, 'edges') < fidelity(given, image, 'edges', tolerance=3) == 1
+
+
+def test_tolerance_is_that_of_photographs():
+    reach, allowed = 2**.5, .0075*128*2**.5                     # corner of the square neighbourhood; BSDS, of the diagonal
+    assert edge_f_score(lines(10), lines(11)) == 1 and abs(reach - allowed) < .1
+
+
+def test_closed_gap_counts_from_floor_to_ceiling_whichever_is_larger():
+    floor, ceiling = torch.tensor([.2, .4]), torch.tensor([.8, 1.])
+    assert closed_gap(floor, floor, ceiling) == 0 and closed_gap(ceiling, floor, ceiling) == 1
+    assert closed_gap((3*floor + ceiling)/4, floor, ceiling) == pytest.approx(.25)
+    assert closed_gap((floor + ceiling)/2, ceiling, floor) == pytest.approx(.5)      # an error: less is better
 
 
 def test_precision_and_recall_by_hand():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_delta_nb.controlnet import (ENTRIES, Controlled, ControlNetTransformer, adapter_flops, adapter_parameters,
-                                        convert_released, load_controlnet, measure_control, precompute_control,
+                                        convert_released, example_inputs, load_controlnet, measure_control, measure_cost, precompute_control,
                                         sample_controlled, save_controlnet, train_controlnet)
 from pixart_delta_nb.metrics import Evaluator
 from pixart_delta_nb.sampling import sample_student, tiny_pipeline
@@ -335,5 +335,49 @@ def test_another_base_is_refused(base):
     with pytest.raises(ValueError, match='num_layers'): ControlNetTransformer(base, 1).with_base(PixArtTransformer(config(num_layers=3)))
 
 
-def test_measuring_an_unknown_condition_is_refused():
-    with pytest.raises(ValueError, match='condition is'): measure_control(None, None, None, Evaluator(), condition='hed')
+@pytest.mark.parametrize('options,words', [(dict(condition='hed'), 'condition is'), (dict(captions=('short',)), 'captions is'), (dict(scales=(1., 0.)), 'scales begins')])
+def test_measuring_what_is_unknown_is_refused(options, words):
+    with pytest.raises(ValueError, match=words): measure_control(None, None, None, Evaluator(), **options)
+
+
+def measured(pipe, net, **options):
+    return measure_control(pipe, pipe, net, Evaluator(), images=2, methods=(('student', 1),), **options)
+
+
+def test_a_fresh_controlnet_closes_no_gap_and_an_obedient_one_all_of_it(monkeypatch):
+    from pixart_delta_nb import controlnet
+    from pixart_delta_nb.scenes import make, render
+    pipe = tiny_pipeline()
+    net = ControlNetTransformer(pipe.transformer, 1)
+    found = measured(pipe, net)
+    assert [(r['captions'], r['scale'], r['closed']) for r in found['scores']] == [(told, s, 0.) for told in ('full', 'none') for s in (0., 1.)]
+    honest, obedient = controlnet.sample_controlled, torch.stack([render(make(101, i)[0])['image'] for i in range(2)])
+    monkeypatch.setattr(controlnet, 'sample_controlled', lambda *a, **o: obedient if a[5] else honest(*a, **o))
+    found = measured(pipe, net, captions=('none',))
+    assert found['scores'][1]['closed'] == pytest.approx(1) and found['scores'][1]['fidelity'] == found['ceiling']['fidelity']
+
+
+def test_captions_none_hides_the_words_and_tolerance_reaches_the_measure(monkeypatch):
+    from pixart_delta_nb import controlnet
+    pipe, heard, honest = tiny_pipeline(), [], controlnet.sample_controlled
+    monkeypatch.setattr(controlnet, 'sample_controlled', lambda p, n, captions, *a, **o: heard.append(captions) or honest(p, n, captions, *a, **o))
+    net = ControlNetTransformer(pipe.transformer, 1)
+    strict, lax = (measured(pipe, net, scales=(0.,), tolerance=t) for t in (0, 3))
+    assert all(heard[0]) and heard[1] == ['', ''] and strict['options'] == {'tolerance': 0}
+    assert strict['ceiling']['fidelity'] < lax['ceiling']['fidelity']
+
+
+def test_cost_is_counted_and_timed_for_each_number_of_copies():
+    rows = measure_cost(PixArtTransformer(config()).eval(), (1, 3), batch=2, caption_tokens=9, repeats=1)
+    with torch.device('meta'):
+        given, _ = example_inputs(config(), 1, 9)
+        with FlopCounterMode(display=False) as alone: PixArtTransformer(config())(*given)      # with its attentions, which a CPU's count lacks
+    for r, n in zip(rows, (1, 3)):
+        assert r['parameters'] == adapter_parameters(config(), n) and r['flops'] == adapter_flops(config(), n, 9)
+        assert r['predicted'] == pytest.approx(1 + r['flops']/alone.get_total_flops()) and r['measured'] == pytest.approx(r['seconds']/r['base_seconds'])
+    with pytest.raises(ValueError, match='allows 1 to 3'): measure_cost(PixArtTransformer(config()), (4,), repeats=1)
+
+
+def test_cost_is_measured_with_micro_conditions():
+    base = PixArtTransformer(config(attention_head_dim=12, use_additional_conditions=True)).eval()
+    assert measure_cost(base, (1,), batch=1, caption_tokens=3, repeats=1)[0]['seconds'] > 0
