@@ -64,17 +64,17 @@ def test_the_text_encoder_is_in_pieces(folder):
 @pytest.mark.parametrize('side, told', [(32, False), (64, False), (128, True)])
 def test_every_published_size_opens_and_draws_as_diffusers_does(tmp_path, side, told):
     from diffusers import PixArtAlphaPipeline
-    folder, size = published(tmp_path/'model', side), (10*side, 6*side)
+    folder, size = published(tmp_path/'model', side), (5*side + 4, 4*side)
     pipe = load_pipeline(folder)
     assert pipe.transformer.config.use_additional_conditions == told and pipe.transformer.config.interpolation_scale == max(side//64, 1)
     stock = PixArtAlphaPipeline.from_pretrained(folder, tokenizer=pipe.tokenizer)     # its own reader of spiece.model needs another library
     stock.set_progress_bar_config(disable=True)
     shape = binned_size(pipe.transformer.config, *size)
-    theirs = stock(CAPTION, num_inference_steps=2, guidance_scale=4.5, height=size[0], width=size[1], clean_caption=False, output_type='pt',
-                   latents=initial_latents([0], (4, shape[0]//8, shape[1]//8))).images
-    ours = resize_and_crop(generate(pipe, CAPTION, 2, 4.5, seeds=[0], size=shape), *size)
-    assert shape != size and ours.shape == theirs.shape == (1, 3, *size)
-    assert torch.allclose(ours, theirs, atol=2e-3) and ours.std() > 1e-3
+    noise = initial_latents([0], (4, shape[0]//8, shape[1]//8))
+    theirs = stock(CAPTION, num_inference_steps=2, guidance_scale=4.5, height=size[0], width=size[1], clean_caption=False, output_type='latent', latents=noise).images
+    ours = sample_teacher(pipe, CAPTION, 2, 4.5, seeds=[0], size=shape)
+    assert shape != size and ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-3*theirs.abs().max().item())
+    assert resize_and_crop(torch.zeros(1, 3, *shape), *size).shape == (1, 3, *size)
 
 
 def test_a_folder_with_an_lcm_scheduler_is_a_student(tmp_path):
@@ -120,7 +120,7 @@ def test_a_variant_in_pieces(folder):
 
 
 def test_a_missing_piece_is_named(folder):
-    (folder/'text_encoder/model-00002-of-00003.safetensors').unlink() if (folder/'text_encoder/model-00002-of-00003.safetensors').is_file() else next(folder.glob('text_encoder/model-00002*')).unlink()
+    next(folder.glob('text_encoder/model-00002-of-*')).unlink()
     with pytest.raises(ValueError, match='model-00002-of-') as error: load_pipeline(folder)
     assert '\n' not in str(error.value)
 
