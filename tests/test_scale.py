@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from pixart_delta_nb.controlnet import ControlNetTransformer
-from pixart_delta_nb.core import load_tensors
+from pixart_delta_nb.core import load_tensors, save_tensors
 from pixart_delta_nb.distill import Batch, lcd_train
 from pixart_delta_nb.lora import add_lora, lora_train
 from pixart_delta_nb.scale import Rows, accelerated, checkpoint_blocks, distill_many, lora_many, main, own_rows, start, teach_many
+from pixart_delta_nb.sampling import tiny_pipeline
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
 from pixart_delta_nb.teacher import load_pipeline, save_pipeline, train_teacher
 from pixart_delta_nb.training import EMA, optimisers, train
@@ -181,6 +182,50 @@ def test_checkpointed_network_keeps_names_copies_and_classes():
     twin = copy.deepcopy(net)
     assert list(net.state_dict()) == list(tiny().state_dict()) and all(isinstance(b, Block) for b in twin.transformer_blocks)
     for a, b in zip(gradients(net), gradients(twin)): assert torch.equal(a, b)
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    save_pipeline(tiny_pipeline(), tmp_path/'teacher')
+    data = Batch(torch.randn(8, 4, 8, 8), torch.randn(8, 5, 32), torch.ones(8, 5, dtype=torch.bool), torch.zeros(1, 1, 32))
+    save_tensors(tmp_path/'rows.safetensors', {'latents': data.z, 'captions': data.caption, 'mask': data.mask, 'null': data.null})
+    return tmp_path
+
+
+@pytest.mark.parametrize('words, made', [(['distill', '--batch-size', '2', '--recompute'], 'pipeline/card.json'), (['teach', '--batch', '2'], 'pipeline/card.json'),
+                                         (['lora', '--batch-size', '2', '--rank', '2'], 'lora/adapter_model.safetensors')])
+def test_commands_write_a_folder(workplace, words, made):
+    with pytest.raises(SystemExit) as done: main([words[0], str(workplace/'teacher'), str(workplace/'rows.safetensors'), str(workplace/'out'), '--steps', '2', *words[1:]])
+    assert not done.value.code and (workplace/'out'/made).is_file()
+    if 'pipeline' in made: assert not torch.equal(load_pipeline(workplace/'out/pipeline').transformer.proj_out.weight, load_pipeline(workplace/'teacher').transformer.proj_out.weight)
+
+
+def test_bad_input_to_a_command_is_one_sentence(workplace):
+    with pytest.raises(SystemExit) as done: main(['distill', str(workplace/'nowhere'), str(workplace/'rows.safetensors'), str(workplace/'out')])
+    assert 'not a folder' in done.value.code and '\n' not in done.value.code
+
+
+def test_mixed_precision_keeps_the_frozen_teacher_in_half(workplace, monkeypatch):
+    import accelerate, pixart_delta_nb.scale as scale
+    seen = []
+    monkeypatch.setattr(scale, 'start', lambda: accelerate.Accelerator(cpu=True, mixed_precision='bf16'))
+    monkeypatch.setattr('pixart_delta_nb.distill.lcd_train', lambda teacher, *args, student, **options: seen.extend((teacher, student)) or (student, None, None))
+    distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2)
+    assert [next(n.parameters()).dtype for n in seen] == [torch.bfloat16, torch.float32]
+
+
+def test_averaged_adapters_are_refused_where_weights_are_cut(workplace, monkeypatch):
+    monkeypatch.setattr('pixart_delta_nb.scale.is_sharded', lambda accelerator: True)
+    with pytest.raises(ValueError, match='mu is 0.95'): lora_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, mu=.95)
+
+
+def test_rows_come_from_shards_too(workplace):
+    from PIL import Image
+    from pixart_delta_nb.shards import precompute_shards
+    pictures = [{'image': Image.new('RGB', (64, 64), (i*20, 0, 0)), 'text': 'a red cube'} for i in range(8)]
+    precompute_shards(pictures, tiny_pipeline(), workplace/'shards', shard_size=4, size=64, batch=4, progress=False)
+    teach_many(workplace/'teacher', workplace/'shards', workplace/'out', 2, batch=2, progress=False)
+    assert (workplace/'out/pipeline/card.json').is_file()
 
 
 def test_network_without_blocks_is_refused():
