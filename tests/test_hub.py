@@ -19,10 +19,9 @@ SHAPE = {'num_attention_heads': 2, 'attention_head_dim': 12, 'num_layers': 1, 'c
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
+def one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
 
 
 def varint(n): return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
@@ -167,7 +166,9 @@ def test_vocabulary_of_a_spiece_model(folder):
     with pytest.raises(ValueError, match='tokenizer'): load_pipeline(folder)
 
 
-def test_hub_id_without_a_network_says_what_to_fetch_and_where_to_put_it():
+def test_hub_id_without_a_network_says_what_to_fetch_and_where_to_put_it(monkeypatch):
+    def unreachable(name, allow_patterns): raise ConnectionError(f'{name} is far away')
+    monkeypatch.setattr('huggingface_hub.snapshot_download', unreachable)
     with pytest.raises(ValueError) as error: load_pipeline('PixArt-alpha/PixArt-LCM-XL-2-1024-MS')
     said = str(error.value)
     assert 'hf download PixArt-alpha/PixArt-LCM-XL-2-1024-MS' in said and '--local-dir PixArt-LCM-XL-2-1024-MS' in said and '\n' not in said

@@ -205,13 +205,25 @@ def test_bad_input_to_a_command_is_one_sentence(workplace):
     assert 'not a folder' in done.value.code and '\n' not in done.value.code
 
 
-def test_mixed_precision_keeps_the_frozen_teacher_in_half(workplace, monkeypatch):
+@pytest.fixture
+def mixed(monkeypatch):
+    "An accelerator of bfloat16 products; Accelerate keeps one state a process, which is forgotten before and after."
     import accelerate, pixart_delta_nb.scale as scale
-    seen = []
-    monkeypatch.setattr(scale, 'start', lambda: accelerate.Accelerator(cpu=True, mixed_precision='bf16'))
-    monkeypatch.setattr('pixart_delta_nb.distill.lcd_train', lambda teacher, *args, student, **options: seen.extend((teacher, student)) or (student, None, None))
-    distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2)
-    assert [next(n.parameters()).dtype for n in seen] == [torch.bfloat16, torch.float32]
+    forget = lambda: accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision='bf16')
+    monkeypatch.setattr(scale, 'start', lambda: accelerator)
+    yield
+    forget()
+
+
+def test_mixed_precision_keeps_the_frozen_teacher_in_half_and_the_student_in_full(workplace, mixed, monkeypatch):
+    from pixart_delta_nb import distill
+    seen, real = [], distill.lcd_train
+    monkeypatch.setattr(distill, 'lcd_train', lambda teacher, *args, student, **options: seen.extend((teacher, student)) or real(teacher, *args, student=student, **options))
+    pipe = distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, batch_size=2, progress=False)
+    assert [next(n.parameters()).dtype for n in seen] == [torch.bfloat16, torch.float32] and next(pipe.transformer.parameters()).dtype == torch.float32
+    assert load_pipeline(workplace/'out/pipeline').transformer.proj_out.weight.isfinite().all()
 
 
 def test_averaged_adapters_are_refused_where_weights_are_cut(workplace, monkeypatch):
