@@ -50,7 +50,7 @@ def decode_flops(vae: nn.Module, side: int) -> int: # a model on the meta device
 def encode_flops(text_encoder: nn.Module, tokens: int = 120) -> int: # a model on the meta device; tokens of a caption
     "Operations of encoding one caption."
     ids = torch.zeros(1, tokens, dtype=torch.long, device='meta')
-    return counted_flops(lambda: text_encoder(ids, torch.ones_like(ids)))
+    return counted_flops(lambda: text_encoder(ids))
 
 def predicted_ratio(
     evaluation: float, # C, cost of one evaluation, in any unit
