@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .core import require
-from .teacher import Pipeline, alpha_bar_of, check_files, check_folder, encode_captions, load_part, no_bars, read_betas, shipped
+from .hub import load_transformer, read_tokenizer, variant_of
+from .teacher import Pipeline, alpha_bar_of, encode_captions, load_part, no_bars, open_folder, shipped
 from .transformer import PixArtTransformer, TransformerConfig
 
 # %% ../nbs/12_int8.ipynb #38ee5c54
@@ -94,7 +95,7 @@ def load_8bit_encoder(
     require(find_spec('bitsandbytes') is not None, 'bitsandbytes is not installed, but 8-bit loading needs it: pip install bitsandbytes.')
     from transformers import BitsAndBytesConfig, T5EncoderModel
     with no_bars():
-        return T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype, device_map={'': device},
+        return T5EncoderModel.from_pretrained(folder, local_files_only=True, variant=variant_of(folder), dtype=dtype, device_map={'': device},
                                               quantization_config=BitsAndBytesConfig(load_in_8bit=True)).eval()
 
 # %% ../nbs/12_int8.ipynb #0025d3a2
@@ -234,22 +235,20 @@ class StoredCaptions(nn.Module):
 # %% ../nbs/12_int8.ipynb #812a415e
 def low_memory_pipeline(
     captions: list, # all that will be drawn
-    folder: str | Path | None = None, # of a saved PixArtAlphaPipeline; the shipped teacher if None
+    folder: str | Path | None = None, # of a saved PixArtAlphaPipeline, or a hub id; the shipped teacher if None
     student: str | Path | None = None, # folder of a distilled transformer, or 'shipped'
     device: str = 'cpu',
     dtype=torch.bfloat16, # of everything that is not int8; float16 would keep T5's wo in float32
 ) -> Pipeline: # as of `load_pipeline`, with stored captions in place of the text encoder
     "The report's 8 GB arrangement: text encoder in 8 bits, encode, free it, then load the rest. `ValueError` as in `load_pipeline`."
     from diffusers import AutoencoderKL
-    from transformers import T5Tokenizer
-    folder, student = Path(folder or shipped('teacher')), shipped('student') if student == 'shipped' else student and Path(student)
-    config = {'betas': read_betas(folder, check_folder(folder)), 'student_card': check_files(student) if student else {}}
-    tokenizer = T5Tokenizer.from_pretrained(folder/'tokenizer', local_files_only=True)
+    folder, student, config = open_folder(folder, student)
+    tokenizer = read_tokenizer(folder/'tokenizer')
     stored = StoredCaptions(tokenizer, load_8bit_encoder(folder/'text_encoder', device, dtype), captions)
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     vae = load_part(AutoencoderKL, folder/'vae', dtype).to(device)
-    transformer = PixArtTransformer.from_pretrained(student or folder/'transformer', dtype).to(device)
+    transformer = load_transformer(student or folder/'transformer', dtype).to(device)
     return Pipeline(vae, tokenizer, stored, transformer, alpha_bar_of(config['betas']), vae.config.scaling_factor, config)
 
 # %% ../nbs/12_int8.ipynb #e7285beb

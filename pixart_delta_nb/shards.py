@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['storage_bytes', 'encoder_operations', 'aspect_bins', 'nearest_bin', 'fit', 'read_source', 'precompute_shards',
-           'check_shards', 'ShardReader', 'measure_precompute']
+           'check_shards', 'ShardReader', 'Column', 'streamed', 'measure_precompute']
 
 # %% ../nbs/15b_data.ipynb #913eef71
 import bisect, collections, hashlib, io, itertools, json, math, os, sys, tarfile, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import torch
@@ -68,16 +69,26 @@ def _tar_items(path):
             caption = fields['.txt'].decode(errors='replace') if '.txt' in fields else json.loads(fields.get('.json', b'{}')).get('caption')
             yield name.strip('/'), next((fields[s] for s in IMAGE_SUFFIXES if s in fields), None), caption
 
+def _saved_dataset(path):
+    "A data set written by `save_to_disk`, its pictures still undecoded bytes."
+    require(find_spec('datasets') is not None, f'{path} is a data set of the package datasets, which is not installed: run pip install datasets.')
+    from datasets import Image as Column, load_from_disk
+    data = load_from_disk(str(path))
+    for name, kind in data.features.items():
+        if isinstance(kind, Column): data = data.cast_column(name, Column(decode=False))
+    return data
+
 def read_source(source, image='image', text='text'):
     """A stream of (name, image to open, caption).
 
-    source: folder of pictures or of .tar files, one .tar, a list of them, a FolderDataset, or rows with the columns `image` and `text`, as in `datasets`."""
+    source: folder of pictures, of .tar files, or of a saved 🤗 data set; one .tar, a list of them, a FolderDataset, or rows with the columns `image` and `text`, as in `datasets`."""
     if isinstance(source, FolderDataset): yield from ((p.name, p, c) for p, c in source.items)
     elif isinstance(source, (str, Path)):
         path = Path(source)
         require(path.exists(), f'{path} does not exist, but a folder of pictures or a .tar file is needed: check the path.')
         tars = sorted(path.glob('*.tar')) if path.is_dir() else [path]
         if tars: yield from read_source(tars)
+        elif (path/'state.json').is_file() and (path/'dataset_info.json').is_file(): yield from read_source(_saved_dataset(path), image, text)
         else: yield from ((str(name), path/name, caption) for name, caption in _candidates(path))
     elif isinstance(source, (list, tuple)) and all(str(s).endswith('.tar') for s in source):
         for path in source: yield from _tar_items(path)
@@ -225,7 +236,7 @@ class ShardReader:
     `check_shards`. Raises ValueError on damaged files, and where no bin has a full batch."""
     def __init__(self, folder, batch_size, seed=0, bad='raise', checksums=True):
         require(bad in ('raise', 'skip'), f'bad is {bad!r}, but it must be raise or skip: choose one of these.')
-        self.folder, self.batch_size, self.seed, self.epoch, self.files = Path(folder), batch_size, seed, None, collections.OrderedDict()
+        self.folder, self.batch_size, self.seed, self.epoch, self.last, self.files = Path(folder), batch_size, seed, None, None, collections.OrderedDict()
         self.skipped = check_shards(folder, checksums)
         require(bad == 'skip' or not self.skipped, f'{len(self.skipped)} shards in {folder} are missing or damaged, the first {self.skipped[:3]}: copy them again, or skip them.')
         if self.skipped: print(f'{len(self.skipped)} damaged shards are skipped: {", ".join(self.skipped)}.', file=sys.stderr)
@@ -263,6 +274,7 @@ class ShardReader:
     def _file(self, name):
         "An open shard; the 64 last used stay open."
         if name not in self.files:
+            require((self.folder/name).is_file(), f'{self.folder/name} has gone since the run began: copy it again and resume.')
             self.files[name] = safe_open(self.folder/name, framework='pt')
             if len(self.files) > 64: self.files.popitem(last=False)
         self.files.move_to_end(name)
@@ -280,7 +292,7 @@ class ShardReader:
         return file.get_slice('tokens')[start:stop]                                 # (L, C)
 
     def read(self, rows):
-        "Batch and original sizes (B, 2), height first, of row numbers of one bin."
+        "Batch and original sizes (B, 2), height first, of row numbers of one bin; OSError or ValueError where a file has gone."
         z, sizes, numbers = map(torch.cat, zip(*map(self._image, rows.tolist())))
         texts = {n: self._text(n) for n in set(numbers.tolist())}                   # each caption once
         texts = [texts[n] for n in numbers.tolist()]
@@ -288,11 +300,46 @@ class ShardReader:
         mask = torch.arange(caption.shape[1]) < torch.tensor([len(t) for t in texts])[:, None]
         return Batch(z, caption, mask, self.null['null'], self.null['mask']), sizes
 
+    def in_one_bin(self, rows):
+        "Numbers below the count of rows to rows of one bin, equation (2)."
+        starts = [0, *itertools.accumulate(map(len, self.bins))]
+        i = bisect.bisect_right(starts, int(rows[0])) - 1
+        return self.bins[i][(rows - starts[i]) % len(self.bins[i])]
+
+    def column(self, name, rows):
+        "One field of rows of one bin: latents, caption, mask, resolution (B, 2) or aspect_ratio (B, 1)."
+        if self.last is None or not torch.equal(self.last[0], rows):
+            batch, sizes = self.read(rows)
+            self.last = rows, {'latents': batch.z, 'caption': batch.caption, 'mask': batch.mask, 'resolution': sizes.float(), 'aspect_ratio': sizes[:, :1]/sizes[:, 1:]}
+        return self.last[1][name]
+
     def batch(self, step): return self.read(self.rows(step))[0]
 
     def stream(self, start=0, ahead=2):
         "Batches from step `start` on, without end; a thread reads `ahead` of them in advance."
         return _ahead(self.batch, itertools.count(start), 1, ahead + 1)
+
+# %% ../nbs/15b_data.ipynb #7c01aa11
+class Column:
+    "One field of the rows of a `ShardReader`: like a tensor to index with row numbers (B,), but read from the disk then."
+    def __init__(self, reader, name):
+        self.reader, self.name, self.rows = reader, name, sum(map(len, reader.bins))
+        self.shape = torch.Size((self.rows, *self[torch.zeros(1, dtype=torch.long)].shape[1:]))      # of the first row
+
+    def __len__(self): return self.rows
+
+    def __getitem__(self, index):                                                   # rows (B,), or (rows, slice of tokens)
+        rows, *rest = index if isinstance(index, tuple) else (index,)
+        return self.reader.column(self.name, self.reader.in_one_bin(rows))[(slice(None), *rest)]
+
+def streamed(folder, conditions=False, **options):
+    """All rows of a folder of shards as a Batch of `Column`s, for the loops of LCD and LoRA; nothing but row numbers lies in memory.
+
+    conditions: with the original sizes, for a model with micro-conditions. options: of `ShardReader`, such as bad='skip'."""
+    reader = ShardReader(folder, 1, **options)
+    names = ['latents', 'caption', 'mask'] + ['resolution', 'aspect_ratio']*conditions
+    z, caption, mask, *sizes = (Column(reader, name) for name in names)
+    return Batch(z, caption, mask, reader.null['null'], reader.null['mask'], *sizes)
 
 # %% ../nbs/15b_data.ipynb #79f05049
 def measure_precompute(source, pipe, size=128, batch=32, **options):

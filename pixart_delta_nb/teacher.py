@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BETAS', 'PARTS', 'build_vae', 'vae_loss', 'pixels', 'crops', 'train_vae', 'build_tokenizer', 'build_text_encoder',
            'encode_captions', 'null_caption', 'no_bars', 'Reader', 'train_text_encoder', 'guided_eps', 'Pipeline',
-           'alpha_bar_of', 'save_card', 'save_pipeline', 'check_files', 'check_folder', 'read_betas', 'load_part',
-           'shipped', 'load_pipeline', 'precompute', 'loss_weight', 'initialise', 'drop_captions', 'train_teacher']
+           'alpha_bar_of', 'save_card', 'save_pipeline', 'check_files', 'check_folder', 'read_scheduler', 'load_part',
+           'shipped', 'open_folder', 'load_pipeline', 'precompute', 'loss_weight', 'initialise', 'drop_captions',
+           'train_teacher']
 
 # %% ../nbs/07b_teacher.ipynb #9f352753
 import collections, contextlib, copy, json, math, tempfile, warnings
@@ -18,6 +19,7 @@ from torch import nn
 import torch.nn.functional as F
 import pixart_delta_nb
 from .core import require, seed_everything, save_tensors, sha256, write_atomic
+from .hub import load_transformer, local_folder, placement, read_tokenizer, variant_of
 from .schedules import add_noise, alpha_bar_from_betas, at, linear_betas, scaled_linear_betas, snr
 from .training import EMA, bfloat16_products, early_decay, optimisers, train, warm_constant_decay
 from .transformer import PixArtTransformer, TransformerConfig, read_json
@@ -265,22 +267,29 @@ def check_folder(folder):
     card = check_files(folder)
     for part in ('vae', 'text_encoder', 'transformer'):
         require(any((folder/part).glob('*.safetensors')), f'{folder/part} has no safetensors file: copy the whole model again, in the safetensors format.')
+        for index in (folder/part).glob('*.safetensors.index*.json'):
+            lacking = sorted({name for name in read_json(index).get('weight_map', {}).values() if not (folder/part/name).is_file()})
+            require(not lacking, f'{folder/part} lacks {", ".join(lacking)}, which its index lists: copy the whole model again.')
     return card
 
-def read_betas(folder, card):
-    "The betas of the folder's scheduler, which must be the card's; keys that diffusers left out have its defaults."
+def read_scheduler(folder, card):
+    "(betas, whether the model is a student) from a folder's scheduler: its class tells, and its betas must be the card's; keys left out have the class's defaults."
+    import diffusers
     saved = read_json(folder/'scheduler'/'scheduler_config.json')
     require(saved.get('trained_betas') is None, f'{folder/"scheduler"} has trained_betas, but a linear or scaled_linear schedule is needed: use a PixArt scheduler.')
-    betas = {k: saved.get(k, v) for k, v in BETAS.items()}
+    require(saved.get('prediction_type', 'epsilon') == 'epsilon', f'{folder/"scheduler"} predicts {saved.get("prediction_type")}, but PixArt predicts epsilon: use a PixArt scheduler.')
+    student = saved.get('_class_name') == 'LCMScheduler'
+    default = (diffusers.LCMScheduler if student else diffusers.DPMSolverMultistepScheduler)().config
+    betas = {k: saved.get(k, default[k]) for k in BETAS}
     if 'betas' in card: require(betas == card['betas'], f'the scheduler of {folder} has {betas}, but the weights were trained with {card["betas"]}: restore scheduler_config.json.')
-    return betas
+    return betas, student
 
 # %% ../nbs/07b_teacher.ipynb #4008bdbb
 def load_part(cls, folder, dtype=torch.float32):
     "A network of diffusers or transformers from its folder, without a progress bar; ValueError where it is damaged or lacks tensors."
     reason, key = '', 'dtype' if cls.__module__.startswith('transformers') else 'torch_dtype'
     try:
-        with no_bars(): model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **{key: dtype})
+        with no_bars(): model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, variant=variant_of(folder), **{key: dtype})
     except Exception as error: reason = (str(error).splitlines() or [type(error).__name__])[0]
     require(not reason, f'{folder} could not be read as {cls.__name__} ({reason[:150]}): copy it again.')
     for key in ('missing_keys', 'mismatched_keys'):
@@ -291,27 +300,33 @@ def shipped(name):
     "Folder of weights that come with the package: 'teacher' (a pipeline) or 'student' (a transformer)."
     return Path(pixart_delta_nb.__file__).parent/'weights'/name
 
-def load_pipeline(folder=None, student=None, dtype=torch.float32):
-    """Open a plain diffusers PixArtAlphaPipeline folder.
-
-    folder: None for the shipped teacher. student: folder of another transformer to use in place of the teacher's, such as a
-    distilled one, 'shipped' for the package's. dtype: given at load time, see T5 above. Returns a Pipeline.
-    Raises ValueError in one sentence: folder or file missing, another pipeline, damaged weights, other betas than the card's."""
-    from diffusers import AutoencoderKL
-    from transformers import T5EncoderModel, T5Tokenizer
-    folder = shipped('teacher') if folder is None else Path(folder)
+def open_folder(folder, student):
+    "Checked folders of a pipeline and of a student's transformer (None for none) from paths, a hub id, None or 'shipped', and the pipeline's config."
+    folder = shipped('teacher') if folder is None else local_folder(folder)
     student = shipped('student') if student == 'shipped' else student and Path(student)
     card = check_folder(folder)
-    betas = read_betas(folder, card)
+    betas, distilled = read_scheduler(folder, card)
+    config = {'betas': betas, 'folder': str(folder), 'student': str(student) if student else str(folder) if distilled else None, 'card': card}
     if student:
         require(student.is_dir(), f'{student} is not a folder, but the student\'s transformer is needed: check the path.')
-        student_card = check_files(student)
-    try: tokenizer = T5Tokenizer.from_pretrained(folder/'tokenizer', local_files_only=True)
-    except Exception as error: raise ValueError(f'{folder/"tokenizer"} could not be read ({type(error).__name__}): copy it again.') from None
-    vae, text_encoder = (load_part(c, folder/n, dtype) for c, n in ((AutoencoderKL, 'vae'), (T5EncoderModel, 'text_encoder')))
-    transformer = PixArtTransformer.from_pretrained(student or folder/'transformer', dtype)
-    config = {'betas': betas, 'folder': str(folder), 'student': student and str(student), 'card': card} | ({'student_card': student_card} if student else {})
-    return Pipeline(vae, tokenizer, text_encoder, transformer, alpha_bar_of(betas), vae.config.scaling_factor, config)
+        config['student_card'] = check_files(student)
+    return folder, student, config
+
+def load_pipeline(folder=None, student=None, dtype=None, device='cpu'):
+    """Open a plain diffusers PixArtAlphaPipeline: a folder, or a hub id such as 'PixArt-alpha/PixArt-XL-2-1024-MS'.
+
+    folder: None for the shipped teacher. student: folder of another transformer to use in place of the teacher's, such as a
+    distilled one, 'shipped' for the package's. dtype, device: one for all, or maps of the parts (see `placement`); no dtype means
+    float32 on a CPU, elsewhere bfloat16 if it is there. A folder with an LCMScheduler, such as PixArt-LCM, is a student. Returns a Pipeline.
+    Raises ValueError in one sentence: folder or file missing, another pipeline, damaged weights, other betas than the card's."""
+    from diffusers import AutoencoderKL
+    from transformers import T5EncoderModel
+    places = placement(device, dtype)
+    folder, student, config = open_folder(folder, student)
+    tokenizer = read_tokenizer(folder/'tokenizer')
+    vae, text_encoder = (load_part(c, folder/n, places[n][1]).to(places[n][0]) for c, n in ((AutoencoderKL, 'vae'), (T5EncoderModel, 'text_encoder')))
+    transformer = load_transformer(student or folder/'transformer', places['transformer'][1]).to(places['transformer'][0])
+    return Pipeline(vae, tokenizer, text_encoder, transformer, alpha_bar_of(config['betas']), vae.config.scaling_factor, config)
 
 # %% ../nbs/07b_teacher.ipynb #ee5fc1bb
 def precompute(vae, tokenizer, text_encoder, images, captions=None, out=None, scaling_factor=None, batch=32):
@@ -360,23 +375,25 @@ def drop_captions(h, mask, null, generator, rate=.1):
 def train_teacher(data, out, steps=20000, config=None, batch=96, seed=0, device='cpu', transformer=None, bf16=False, **options):
     """Train the guided latent diffusion model on D_z.
 
-    data: of `precompute`. out: folder of the checkpoint. config: TransformerConfig, None for the workshop's. transformer: to
+    data: of `precompute`, with 'resolution' (N, 2) and 'aspect_ratio' (N, 1) for a model with micro-conditions; its tensors need indexing and a shape alone. out: folder of the checkpoint. config: TransformerConfig, None for the workshop's. transformer: to
     continue from, None for a new one. bf16: products in bfloat16. options: of `train`. Returns the moving average of the transformer, to be put into a Pipeline. Raises ValueError on other widths."""
-    z, h, mask, null = data['latents'], data['captions'], data['mask'], data['null']
+    z, h, mask, null = (data[k] for k in ('latents', 'captions', 'mask', 'null'))
     config = transformer.config if transformer else config or TransformerConfig(num_attention_heads=6, attention_head_dim=32, num_layers=14, sample_size=z.shape[-1],
                                          caption_channels=h.shape[-1], use_additional_conditions=False)
+    sizes = [k for k in ('resolution', 'aspect_ratio') if config.use_additional_conditions]
+    require(all(k in data for k in sizes), 'the model has micro-conditions, but the data lacks resolution or aspect_ratio: precompute the pictures in shards, which keep their sizes.')
     require(config.caption_channels == h.shape[-1], f'the config reads captions of width {config.caption_channels}, but the data has {h.shape[-1]}: set caption_channels.')
     generator, alpha_bar = seed_everything(seed), alpha_bar_of(BETAS)
     model = (copy.deepcopy(transformer).train().requires_grad_(True) if transformer else initialise(PixArtTransformer(config))).to(device)
     ema = EMA(model)
     def step_fn(step, steps):
         i, t = (torch.randint(0, n, (batch,), generator=generator) for n in (len(z), len(alpha_bar)))
-        L = int(mask[i].sum(1).max())
+        z0, L = z[i].float(), int(mask[i].sum(1).max())
         hh, mm = drop_captions(h[i, :L].float(), mask[i, :L], null, generator)             # (B, L, C), (B, L)
-        eps = torch.randn(batch, *z.shape[1:], generator=generator)                        # (B, 4, h, w)
+        eps = torch.randn(z0.shape, generator=generator)                                   # (B, 4, h, w)
         a = at(alpha_bar, t, eps)                                                          # (B, 1, 1, 1)
-        x = add_noise(z[i], eps, a)
-        with bfloat16_products(device, bf16): out = model(*(y.to(device) for y in (x, t, hh, mm)))[:, :x.shape[1]]
+        x, told = add_noise(z0, eps, a), {k: data[k][i].to(device) for k in sizes}
+        with bfloat16_products(device, bf16): out = model(*(y.to(device) for y in (x, t, hh, mm)), **told)[:, :x.shape[1]]
         return (loss_weight(a).to(device)*(out.float() - eps.to(device)).square()).mean()
     def after(step, steps): ema.update(model, early_decay(.998, step))
     state = {'model': model, 'ema': ema, 'generator': generator} | optimisers(

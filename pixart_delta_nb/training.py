@@ -193,6 +193,9 @@ def put_back(thing, saved):
         like = dict(enumerate(p for g in thing.param_groups for p in g['params']))
         split = lambda i, v: split_like(v, like[i]) if isinstance(v, torch.Tensor) and v.shape == like[i].shape else v
         saved = saved | {'state': {i: {k: split(i, v) for k, v in s.items()} for i, s in saved['state'].items()}}
+    else:
+        mine = thing.state_dict()
+        saved = {k: split_like(v, mine[k]) if k in mine else v for k, v in saved.items()}
     thing.load_state_dict(saved)
 
 # %% ../nbs/07a_training.ipynb #a0469e91

@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 from pixart_delta_nb import bench as module
-from pixart_delta_nb.bench import (CAPTION, GraphedTransformer, TABLE_2, bench, choose_dtype, counted_flops, derived, matmul_peak,
-                                   precisions, predicted_ratio, random_pipeline, random_weights, table, transformer_flops)
+from pixart_delta_nb.bench import (CAPTION, GraphedTransformer, TABLE_2, bench, counted_flops, derived, encode_flops, matmul_peak, predicted_ratio,
+                                   random_pipeline, random_weights, table, transformer_flops)
+from pixart_delta_nb.hub import choose_dtype, precisions
 from pixart_delta_nb.sampling import tiny_pipeline
 from pixart_delta_nb.teacher import build_vae, encode_captions, save_pipeline
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
@@ -52,6 +53,24 @@ def test_bench_counts_evaluations_and_writes_what_it_returns(tiny, tmp_path):
     assert [m['evaluations'] for m in found['methods'].values()] == [6, 2] and found['evaluation_ratio'] == 3
     assert json.loads((tmp_path/'b.json').read_text()) == found and found['provenance']['command'] == 'the command'
 
+def test_bench_times_a_students_folder_as_teacher_and_as_student(tmp_path, monkeypatch):
+    import diffusers
+    from pixart_delta_nb.teacher import BETAS
+    pipe = tiny_pipeline()
+    save_pipeline(pipe, tmp_path)
+    (tmp_path/'card.json').unlink()
+    diffusers.LCMScheduler(**BETAS).save_pretrained(tmp_path/'scheduler')
+    monkeypatch.setattr(module, 'matmul_peak', lambda *args: 1e12)
+    monkeypatch.setitem(module.SCALES, 'workshop', (64,))
+    found = bench('workshop', 64, (1, 1), weights=tmp_path, dtype='float32', repeats=1)
+    assert [m['evaluations'] for m in found['methods'].values()] == [2, 1] and found['memory']['parts'].keys() == {'text_encoder', 'transformer', 'vae'}
+
+def test_operations_of_a_caption_by_hand():
+    from pixart_delta_nb.teacher import build_text_encoder
+    with torch.device('meta'): text = build_text_encoder(50, d_model=24, d_kv=8, num_heads=2, d_ff=40, num_layers=3)
+    weights, attention = 2*(4*24*16 + 3*24*40)*7, 2*2*7*7*16
+    assert encode_flops(text, 7) == 3*(weights + attention)
+
 def test_bench_with_a_compiled_transformer(tiny, monkeypatch):
     used, real = [], torch.compile
     monkeypatch.setattr(torch, 'compile', lambda network: used.append(network) or real(network, backend='eager'))
@@ -64,9 +83,9 @@ def test_bench_on_a_folder_of_another_resolution_says_which(tmp_path):
 
 def test_ratios_and_shares_follow_from_the_seconds():
     seconds = lambda text, transformer, decode, overhead, n: dict(whole=text + transformer + decode + overhead, text=text, transformer=transformer, decode=decode, overhead=overhead, evaluations=n)
-    found = derived({'batch': 1, 'methods': {'teacher 14': seconds(5., 28., 1., .28, 28), 'student 4': seconds(5., 4., 1., .04, 4)}}, 10, 20, 100.)
+    found = derived({'batch': 1, 'methods': {'teacher 14': seconds(5., 28., 1., .28, 28), 'student 4': seconds(5., 4., 1., .04, 4)}}, 10, 20, 50, 100.)
     assert found['without_text_ratio'] == pytest.approx(29.28/5.04) and found['predicted_ratio'] == pytest.approx(300/60)
-    for m in found['methods'].values(): assert (m['overhead_share'], m['peak_share']) == (pytest.approx(.01), pytest.approx(.1))
+    for m in found['methods'].values(): assert [m[k] for k in ('overhead_share', 'peak_share', 'decode_share', 'text_share')] == pytest.approx([.01, .1, .2, .1])
 
 @pytest.mark.parametrize('wrong, said', [
     (dict(scale='poster'), 'paper and workshop'), (dict(scale='workshop', resolution=1024), '128, 256'), (dict(resolution=300), '256, 512, 1024'),

@@ -8,7 +8,7 @@ from pixart_delta_nb import shards
 from pixart_delta_nb.core import load_tensors
 from pixart_delta_nb.scenes import FolderDataset
 from pixart_delta_nb.shards import (ShardReader, aspect_bins, check_shards, encoder_operations, fit, measure_precompute, nearest_bin, precompute_shards,
-                                    read_source, storage_bytes)
+                                    read_source, storage_bytes, streamed)
 from pixart_delta_nb.teacher import build_text_encoder, build_tokenizer, build_vae
 
 OPTIONS = dict(size=96, shard_size=4, batch=2, dtype='float32', workers=2, progress=False)
@@ -131,6 +131,15 @@ def test_rows_of_the_datasets_library(tmp_path, pipe):
     assert precompute_shards(data, pipe, tmp_path/'out', **OPTIONS)['images'] == 6
 
 
+def test_a_saved_data_set_is_a_source(tmp_path):
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features({'image': datasets.Image(), 'text': datasets.Value('string')})
+    data = datasets.Dataset.from_dict({'image': [{'bytes': png(picture(i)), 'path': None} for i in range(6)], 'text': [caption(i) for i in range(6)]}, features=features)
+    data.save_to_disk(tmp_path/'set')
+    stream = list(read_source(tmp_path/'set'))
+    assert [(shards._opened(x).convert('RGB').tobytes(), c) for _, x, c in stream] == [(picture(i).tobytes(), caption(i)) for i in range(6)]
+
+
 def test_missing_source_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match='does not exist'): list(read_source(tmp_path/'none'))
 
@@ -251,6 +260,48 @@ def test_rows_of_a_damaged_text_shard_are_left_out(pipe, tmp_path, capsys):
     reader = ShardReader(tmp_path, 2, bad='skip')
     kept = torch.cat([load_tensors(tmp_path/s['file'])['row'] for s in reader.images])[torch.cat(reader.bins)]
     assert sorted(kept.tolist()) == list(range(6))
+
+
+def test_shard_lost_during_a_run_is_named(copy):
+    reader = ShardReader(copy, 2)
+    reader.batch(0)
+    for path in copy.glob('*-0*.safetensors'): path.unlink()
+    reader.files.clear()
+    with pytest.raises(ValueError, match='has gone'): reader.batch(1)
+
+
+def test_columns_answer_as_tensors_do(made):
+    reader, data = ShardReader(made[0], 1), streamed(made[0], conditions=True)
+    assert len(data.z) == len(data.caption) == 30 and data.z.shape[1] == 4 and set(data.conditions) == {'resolution', 'aspect_ratio'}
+    starts = [0, *itertools.accumulate(map(len, reader.bins))]
+    for bin, start in zip(reader.bins, starts):
+        rows = torch.arange(start, start + len(bin))
+        batch, sizes = reader.read(bin)
+        assert torch.equal(data.z[rows], batch.z) and torch.equal(data.caption[rows, :3], batch.caption[:, :3]) and torch.equal(data.mask[rows], batch.mask)
+        assert torch.equal(data.resolution[rows], sizes.float()) and torch.allclose(data.aspect_ratio[rows][:, 0], sizes[:, 0]/sizes[:, 1])
+
+
+def test_rows_of_other_bins_move_into_that_of_the_first(made):
+    reader = ShardReader(made[0], 1)
+    rows = reader.in_one_bin(torch.arange(30).flip(0))
+    assert set(rows.tolist()) == set(reader.bins[-1].tolist())
+    counts = torch.stack([reader.in_one_bin(torch.tensor([0, r]))[1] for r in range(30)]).unique(return_counts=True)[1]
+    assert len(counts) == len(reader.bins[0]) and counts.max() - counts.min() <= 1
+
+
+def test_loops_stream_from_the_disk_what_they_would_read_from_memory(pipe, rows, tmp_path):
+    from pixart_delta_nb.distill import Batch, lcd_train
+    from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
+    from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
+    precompute_shards(rows[::3], pipe, tmp_path/'square', **OPTIONS)
+    disk = streamed(tmp_path/'square', conditions=True)
+    memory = Batch(*(c[torch.arange(len(c))] for c in disk[:3]), disk.null, disk.null_mask, *(c[torch.arange(len(c))] for c in disk[5:]))
+    config = TransformerConfig(num_attention_heads=2, attention_head_dim=12, num_layers=1, sample_size=12, caption_channels=24, use_additional_conditions=True)
+    def train(data, out):
+        torch.manual_seed(0)
+        return lcd_train(PixArtTransformer(config), data, alpha_bar_from_betas(linear_betas()), out, steps=2, batch_size=4, warmup=1, progress=False)[0].state_dict()
+    a, b = train(disk, tmp_path/'a'), train(memory, tmp_path/'b')
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_truncated_or_missing_shards_are_found_by_size(copy):

@@ -247,6 +247,18 @@ def test_teacher_resumes_bit_exact(tmp_path, inputs):
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
+def test_teacher_with_micro_conditions_is_told_the_sizes(tmp_path):
+    from dataclasses import replace
+    g = torch.Generator().manual_seed(1)
+    data = {'latents': torch.randn(4, 4, 8, 8, generator=g), 'captions': torch.randn(4, 3, 48, generator=g), 'mask': torch.ones(4, 3, dtype=torch.bool), 'null': torch.zeros(1, 1, 48)}
+    kw = dict(steps=3, config=replace(SMALL, use_additional_conditions=True), batch=4, progress=False)
+    with pytest.raises(ValueError, match='micro-conditions'): train_teacher(data, tmp_path/'none', **kw)
+    sizes = [{'resolution': torch.full((4, 2), s), 'aspect_ratio': torch.ones(4, 1)} for s in (64., 512.)]
+    a, b = (train_teacher(data | s, tmp_path/str(i), **kw) for i, s in enumerate(sizes))
+    moved = [n for (n, p), q in zip(a.named_parameters(), b.parameters()) if not torch.equal(p, q)]
+    assert any('resolution_embedder' in n for n in moved)
+
+
 def test_first_loss_is_the_mean_weight(tmp_path, inputs):
     _, _, h, mask, null, _ = inputs
     data = {'latents': torch.randn(2, 4, 8, 8), 'captions': h, 'mask': mask, 'null': null}
