@@ -189,8 +189,9 @@ def lcd_train(
 ) -> tuple: # student (or its average), target, records of the loss
     """Algorithm 1 around `lcd_step`; stops and resumes bit for bit (report §3.3 for the defaults).
 
-    Raises `ValueError` for μ outside [0, 1], an empty data set and a checkpoint of another run."""
+    Raises `ValueError` for μ outside [0, 1], a range of ω that is none, an empty data set and a checkpoint of another run."""
     require(0 <= mu <= 1, f'mu={mu} must lie between 0 and 1, as it weighs the past of the target; pass 0.95.')
+    require(isinstance(omega, (int, float)) or 0 <= omega[0] <= omega[1], f'omega={omega} must be one number or a range (low, high) from 0 on; pass for example 3.5.')
     require(len(data.z) == len(data.caption) > 0, f'{len(data.z)} latents and {len(data.caption)} captions were given; D_z needs one caption a latent.')
     teacher = teacher.eval().requires_grad_(False)
     student = (copy.deepcopy(teacher) if student is None else student).requires_grad_(True)
