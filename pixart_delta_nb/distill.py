@@ -234,12 +234,13 @@ def distill(
     device: str = 'cpu', # where the networks run
     **options # batch_size, seed, warmup, clip, average and the engine's, see `lcd_train`
 ): # the pipeline with the student in the teacher's place
-    "Distil a teacher's folder into a student's folder (Algorithm 1, report §3.3)."
+    "Distil a teacher's folder into a student's folder (Algorithm 1, report §3.3); `ValueError` for a range of ω."
+    require(isinstance(omega, (int, float)), f'omega={omega} must be one number, since the card of a folder names one; pass for example 3.5.')
     from pixart_delta_nb.teacher import load_pipeline, save_pipeline
     pipe, data = load_pipeline(pipeline), latents if isinstance(latents, Batch) else load_latents(latents)
     student, _, _ = lcd_train(pipe.transformer.to(device), data, pipe.alpha_bar, out, steps, lr=lr, omega=omega, k=k, mu=mu,
                               resume=resume, **options)
-    pipe.transformer = student.cpu()
+    pipe.transformer, pipe.config = student.cpu(), {**pipe.config, 'omega': omega}       # a student says its ω, so that no sampler guides it again
     if (options.get('until') or steps) >= steps:
-        save_pipeline(pipe, Path(out)/'pipeline', distilled={'omega': omega, 'k': k, 'mu': mu, 'lr': lr, 'steps': steps})
+        save_pipeline(pipe, Path(out)/'pipeline', omega=omega, k=k, mu=mu, lr=lr, steps=steps)
     return pipe

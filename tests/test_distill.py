@@ -240,9 +240,9 @@ def test_disagreement_8_a_captions_mask_over_the_null_caption_is_another_input(n
     assert (own - captions).abs().max() > 1e-6
 
 
-def test_folder_to_folder_is_the_loop_on_the_loaded_teacher(tmp_path):
+def test_folder_to_folder_is_the_loop_and_is_known_as_a_student(tmp_path):
     from pixart_delta_nb.distill import distill
-    from pixart_delta_nb.sampling import tiny_pipeline
+    from pixart_delta_nb.sampling import fixed_omega, is_student, tiny_pipeline
     from pixart_delta_nb.teacher import load_pipeline, save_pipeline
     tiny, g = tiny_pipeline(), torch.Generator().manual_seed(0)
     save_pipeline(tiny, tmp_path/'teacher')
@@ -250,5 +250,6 @@ def test_folder_to_folder_is_the_loop_on_the_loaded_teacher(tmp_path):
     settings = dict(steps=2, lr=1e-3, batch_size=2, warmup=1, progress=False)
     distill(tmp_path/'teacher', rows, tmp_path/'run', **settings)
     by_hand, _, _ = lcd_train(tiny.transformer, rows, ALPHA_BAR, tmp_path/'by_hand', **settings)
-    opened = load_pipeline(tmp_path/'run'/'pipeline').transformer.state_dict()
-    assert all(torch.equal(v, opened[name]) for name, v in by_hand.state_dict().items())
+    opened = load_pipeline(tmp_path/'run'/'pipeline')
+    assert all(torch.equal(v, opened.transformer.state_dict()[name]) for name, v in by_hand.state_dict().items())
+    assert is_student(opened) and fixed_omega(opened) == 3.5 and not is_student(load_pipeline(tmp_path/'teacher'))
