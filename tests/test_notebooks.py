@@ -1,5 +1,6 @@
 """Every notebook as a reader meets it: equations that exist, figures with prose around them, checks beside the code, and outputs that are clean."""
 import ast, json, re
+from functools import cache
 from pathlib import Path
 import pytest
 
@@ -12,6 +13,7 @@ FOLDER = re.compile(r'(?<![\w.:/-])/(?:work|tmp|root|home|usr|mnt|var)/\w')
 each = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 
+@cache
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 def source(cell): return ''.join(cell['source'])
 def outputs(path): return [(i, o) for i, c in enumerate(cells(path)) for o in c.get('outputs', [])]
@@ -87,6 +89,7 @@ CHECK = re.compile(r'\bassert\b|\btest_(?:eq|close|fail)\(|\bassert_close\(|\bex
 GROUND = [p for p in NOTEBOOKS if p.stem[:2] in ('00', '01', '02', '03', '04', '06', '08', '09')]
 
 
+@cache
 def boxes():
     "The quoted boxes on a disagreement of report, released code and diffusers: number -> (notebook, index of its cell, text)."
     found = {}
