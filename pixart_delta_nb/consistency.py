@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from .core import require
-from .schedules import add_noise, at, eps_to_x0
+from .schedules import add_noise, at, check_alpha_bar, eps_to_x0
 from .solvers import skip_grid
 
 # %% ../nbs/03_consistency.ipynb #ea579e39
@@ -88,26 +88,27 @@ def _fresh_noise(like, generator):
     return torch.cat([draw((1, *like.shape[1:]), g) for g in generator]) if many else draw(like.shape, generator)
 
 def _check_times(timesteps, alpha_bar):
-    "The rules of the sampler's times."
-    times = timesteps.tolist()
+    "The sampler's times as a list of integers, checked; `ValueError` if they break a rule."
+    check_alpha_bar(alpha_bar)
+    times = torch.as_tensor(timesteps).tolist()
     require(len(times) > 0 and all(a > b for a, b in zip(times, times[1:])), f'timesteps={times} must be a non-empty descending list; use lcm_timesteps.')
-    require(not timesteps.is_floating_point() and 0 <= times[-1] and times[0] < len(alpha_bar),
+    require(all(isinstance(t, int) for t in times) and 0 <= times[-1] and times[0] < len(alpha_bar),
             f'timesteps={times} must be integers between 0 and {len(alpha_bar) - 1}; use lcm_timesteps with the T of this table.')
+    return times
 
 # %% ../nbs/03_consistency.ipynb #3f0db48b
 def multistep_consistency_sample(
     f: Callable, # f(x, t) → estimate of x₀; x (B, C, H, W), t (B,) int64
     x: Tensor, # noise at the first time, (B, C, H, W)
-    timesteps: Tensor, # (S,) integer steps, descending
+    timesteps: Tensor | list, # (S,) integer steps, descending
     alpha_bar: Tensor, # (T,) table of ᾱ
     generator: torch.Generator | list | None = None, # source of the noise between steps; a list holds one per image
     callback: Callable | None = None # called as callback(i, t, estimate) after each jump
 ) -> Tensor: # (B, C, H, W), the last estimate, without noise
     """Equation (7), the sampler of consistency models and of diffusers' `LCMScheduler` (report §2).
 
-    Raises `ValueError` for times that do not descend or leave the table, and for a list of generators of another length."""
-    _check_times(timesteps, alpha_bar)
-    for i, t in enumerate(timesteps.tolist()):
+    Raises `ValueError` for times that do not descend or leave the table, for a table that does not decrease, and for a list of generators of another length."""
+    for i, t in enumerate(_check_times(timesteps, alpha_bar)):
         batch_t = torch.full((len(x),), t, device=x.device)                 # (B,)
         if i: x = add_noise(estimate, _fresh_noise(x, generator), at(alpha_bar, batch_t, x))
         estimate = f(x, batch_t)                                            # (B, C, H, W)

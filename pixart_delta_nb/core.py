@@ -151,23 +151,29 @@ def save_tensors(
     return write_atomic(path, write)
 
 # %% ../nbs/00_core.ipynb #e5e3c0c2
+def _read(path, read):
+    "Apply `read` to a safetensors file; `ValueError` if it is missing or damaged."
+    path = Path(path)
+    require(path.is_file(), f'{path.name} is missing; loading needs an existing file, so make or download it first.')
+    try: return read(path)
+    except SafetensorError as error: reason = str(error).rstrip('.')
+    require(False, f'{path.name} is damaged ({reason}); it must be a whole safetensors file, so make it again.')
+
+
 def load_tensors(
     path: str | Path, # a file written by `save_tensors`, or any safetensors file
 ) -> dict[str, torch.Tensor]: # on the CPU
     "Read a safetensors file; `ValueError` if it is missing or damaged."
-    path = Path(path)
-    require(path.is_file(), f'{path.name} is missing; loading needs an existing file, so make or download it first.')
-    try: return load_file(path)
-    except SafetensorError as error:
-        reason = str(error).rstrip('.')
-    require(False, f'{path.name} is damaged ({reason}); it must be a whole safetensors file, so make it again.')
+    return _read(path, load_file)
 
 # %% ../nbs/00_core.ipynb #3e1138d3
 def load_metadata(
-    path: str | Path, # a readable safetensors file
+    path: str | Path, # a safetensors file
 ) -> dict[str, str]: # as stored; apply `json.loads` to values that were not strings
-    "Metadata of a safetensors file, without reading its tensors."
-    with safe_open(path, framework='pt') as file: return file.metadata() or {}
+    "Metadata of a safetensors file, without reading its tensors; `ValueError` if it is missing or damaged."
+    def read(path):
+        with safe_open(path, framework='pt') as file: return file.metadata() or {}
+    return _read(path, read)
 
 # %% ../nbs/00_core.ipynb #273e33e1
 def _commit() -> str:

@@ -55,7 +55,8 @@ def draw_batch(
     size: int, # rows to draw, with replacement
     generator: torch.Generator # source of the choice
 ) -> Batch: # `size` rows, captions cut to the longest one
-    "A random batch; padding that no caption of it uses is cut off, which changes no output."
+    "A random batch; padding that no caption of it uses is cut off, which changes no output. `ValueError` for fewer rows than one."
+    require(size >= 1, f'size is {size}, but a batch holds at least one row; pass for example 24.')
     rows = torch.randint(len(data.z), (size,), generator=generator)
     mask = data.mask[rows]
     longest = int(mask.sum(1).max())
@@ -80,7 +81,9 @@ def predict_eps(
 def pair_with_null(
     batch: Batch # B rows
 ) -> tuple: # caption (2B, L, C) and mask (2B, L), the second half null
-    "Captions above null captions, each with its own mask, padded to one length."
+    "Captions above null captions, each with its own mask, padded to one length; `ValueError` for two text encoders."
+    require(batch.caption.shape[2] == batch.null.shape[2],
+            f'the captions have {batch.caption.shape[2]} channels and the null caption {batch.null.shape[2]}, but one encoder makes both; precompute them again.')
     B, L = len(batch.z), max(batch.caption.shape[1], batch.null.shape[1])
     null_mask = torch.ones(batch.null.shape[:2]) if batch.null_mask is None else batch.null_mask
     widen = lambda y: torch.cat([y, y.new_zeros(len(y), L - y.shape[1], *y.shape[2:])], 1)
@@ -115,10 +118,14 @@ def lcd_step(
     n: Tensor | None = None, # (B,) indices of the skip grid; drawn if None
     noise: Tensor | None = None # like `batch.z`; drawn if None
 ) -> Tensor: # scalar loss
-    "One step of Algorithm 1, up to the loss; all arithmetic around the networks in float32 at least."
+    """One step of Algorithm 1, up to the loss; all arithmetic around the networks in float32 at least.
+
+    Raises `ValueError` for indices off the grid, a negative ω, a k that does not divide T, and shapes that do not fit."""
     z, grid = _float(batch.z), skip_grid(k, len(alpha_bar)).to(batch.z.device)
     if n is None: n = torch.randint(len(grid), (len(z),), generator=generator).to(z.device)
     if noise is None: noise = torch.randn(z.shape, generator=generator).to(z)
+    require(n.shape == (len(z),) and bool(((n >= 0) & (n < len(grid))).all()),
+            f'n={n.tolist()} must hold one index an image, from 0 to {len(grid) - 1}; leave it out to draw them.')
     omega = torch.as_tensor(omega, dtype=z.dtype, device=z.device)
     t_nk = grid[n]                                                              # (B,)
     t_n = (t_nk - k).clamp_min(0)                                               # (B,), index 0: t = 0
@@ -182,8 +189,9 @@ def lcd_train(
 ) -> tuple: # student (or its average), target, records of the loss
     """Algorithm 1 around `lcd_step`; stops and resumes bit for bit (report §3.3 for the defaults).
 
-    Raises `ValueError` for μ outside [0, 1], an empty data set and a checkpoint of another run."""
+    Raises `ValueError` for μ outside [0, 1], a range of ω that is none, an empty data set and a checkpoint of another run."""
     require(0 <= mu <= 1, f'mu={mu} must lie between 0 and 1, as it weighs the past of the target; pass 0.95.')
+    require(isinstance(omega, (int, float)) or 0 <= omega[0] <= omega[1], f'omega={omega} must be one number or a range (low, high) from 0 on; pass for example 3.5.')
     require(len(data.z) == len(data.caption) > 0, f'{len(data.z)} latents and {len(data.caption)} captions were given; D_z needs one caption a latent.')
     teacher = teacher.eval().requires_grad_(False)
     student = (copy.deepcopy(teacher) if student is None else student).requires_grad_(True)
@@ -226,12 +234,13 @@ def distill(
     device: str = 'cpu', # where the networks run
     **options # batch_size, seed, warmup, clip, average and the engine's, see `lcd_train`
 ): # the pipeline with the student in the teacher's place
-    "Distil a teacher's folder into a student's folder (Algorithm 1, report §3.3)."
+    "Distil a teacher's folder into a student's folder (Algorithm 1, report §3.3); `ValueError` for a range of ω."
+    require(isinstance(omega, (int, float)), f'omega={omega} must be one number, since the card of a folder names one; pass for example 3.5.')
     from pixart_delta_nb.teacher import load_pipeline, save_pipeline
     pipe, data = load_pipeline(pipeline), latents if isinstance(latents, Batch) else load_latents(latents)
     student, _, _ = lcd_train(pipe.transformer.to(device), data, pipe.alpha_bar, out, steps, lr=lr, omega=omega, k=k, mu=mu,
                               resume=resume, **options)
-    pipe.transformer = student.cpu()
+    pipe.transformer, pipe.config = student.cpu(), {**pipe.config, 'omega': omega}       # a student says its ω, so that no sampler guides it again
     if (options.get('until') or steps) >= steps:
-        save_pipeline(pipe, Path(out)/'pipeline', distilled={'omega': omega, 'k': k, 'mu': mu, 'lr': lr, 'steps': steps})
+        save_pipeline(pipe, Path(out)/'pipeline', omega=omega, k=k, mu=mu, lr=lr, steps=steps)
     return pipe

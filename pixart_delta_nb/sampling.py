@@ -21,7 +21,8 @@ from .transformer import PixArtTransformer, TransformerConfig
 def make_generators(
     seeds: Sequence # (B,) integers, or generators, which are passed through
 ) -> list: # (B,) torch.Generator on the CPU
-    "One generator an image, so that an image depends on its seed alone."
+    "One generator an image, so that an image depends on its seed alone; `ValueError` for what is neither a whole number nor a generator."
+    for s in seeds: require(isinstance(s, torch.Generator) or hasattr(s, '__index__'), f'seeds holds {s!r}, but a seed is a whole number: pass for example 0.')
     return [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(int(s)) for s in seeds]
 
 def initial_latents(

@@ -110,12 +110,12 @@ def at(
 ) -> Tensor: # (B, 1, 1, ...) float32 at least
     "ᾱ at each image's timestep, ready to broadcast; `ValueError` on a wrong table, shape, type or timestep."
     check_alpha_bar(alpha_bar)
-    require(t.ndim == 1 and t.shape[0] in (1, like.shape[0]) and not t.is_floating_point(),
+    require(t.ndim == 1 and len(t) > 0 and t.shape[0] in (1, like.shape[0]) and not t.is_floating_point(),
             f't is {t.dtype} of shape {tuple(t.shape)}; it must be integers, one per image of {like.shape[0]}, so use a LongTensor.')
-    low, high = int(t.min()), int(t.max())
+    low, high = (int(n) for n in t.aminmax())
     require(0 <= low and high < len(alpha_bar),
             f't spans [{low}, {high}]; it must lie in 0..{len(alpha_bar) - 1}, so clamp it or use a longer schedule.')
-    chosen = alpha_bar.to(_wide(like)).to(like.device)[t.to(like.device)]        # (B,)
+    chosen = alpha_bar[t.to(alpha_bar.device)].to(like.device, _wide(like))      # (B,)
     return chosen.reshape(-1, *[1] * (like.ndim - 1))                            # (B, 1, 1, ...)
 
 # %% ../nbs/01_schedules.ipynb #7e1cfca6
@@ -126,8 +126,8 @@ def _widen(alpha_bar_t, *tensors):
             f'the tensors have shapes {[tuple(y.shape) for y in tensors]}; they must be equal, or broadcasting would mix images, so reshape them.')
     require(alpha_bar_t.ndim in (0, x.ndim) and all(n in (1, m) for n, m in zip(alpha_bar_t.shape, x.shape)),
             f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)} for data of {tuple(x.shape)}; it must broadcast, so use at(alpha_bar, t, x).')
-    require(bool(((alpha_bar_t >= 0) & (alpha_bar_t <= 1)).all()),
-            f'alpha_bar_t spans [{alpha_bar_t.min():.3g}, {alpha_bar_t.max():.3g}]; it must lie in [0, 1], so check the schedule.')
+    low, high = (n.item() for n in alpha_bar_t.aminmax())
+    require(0 <= low and high <= 1, f'alpha_bar_t spans [{low:.3g}, {high:.3g}]; it must lie in [0, 1], so check the schedule.')
     a = alpha_bar_t.to(torch.promote_types(alpha_bar_t.dtype, torch.float32))
     return [y.to(x.device, _wide(x)) for y in (a.sqrt(), (1 - a).sqrt(), *tensors)]
 

@@ -34,7 +34,9 @@ class Mixture:
         require(bool((self.std > 0).all()), f'std is {self.std.tolist()}; each cluster must have a width, so pass positive numbers.')
 
     def given(self, clusters: Sequence[int]) -> 'Mixture': # the data that a caption describes
-        "Keep some clusters, which is conditioning on a caption that names them."
+        "Keep some clusters, which is conditioning on a caption that names them; `ValueError` for one that is not there."
+        require(len(clusters) > 0 and all(0 <= i < len(self.weight) for i in clusters),
+                f'clusters is {list(clusters)}; it must name some of 0..{len(self.weight) - 1}, so pass for example [0].')
         return Mixture(self.weight[clusters] / self.weight[clusters].sum(), self.mean[clusters], self.std[clusters])
 
 # %% ../nbs/02_solvers.ipynb #1ff9f28b
@@ -45,6 +47,7 @@ def _parts(x_t, alpha_bar_t, data):
     require(alpha_bar_t.shape in ((), (1, 1), (len(x_t), 1)),
             f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)}; it must be a scalar or ({len(x_t)}, 1), so use at(alpha_bar, t, x_t).')
     ab = alpha_bar_t.to(data.mean).reshape(-1, 1)                                  # (B or 1, 1)
+    require(bool(((ab >= 0) & (ab <= 1)).all()), f'alpha_bar_t spans [{ab.min():.3g}, {ab.max():.3g}]; it must lie in [0, 1], so check the schedule.')
     away = x_t[:, None] - ab.sqrt()[..., None] * data.mean                         # (B, K, D)
     variance = ab * data.std**2 + 1 - ab                                           # (B or 1, K)
     return away, variance, data.weight.log() - (away**2).sum(-1) / (2 * variance) - D / 2 * (2 * math.pi * variance).log()
@@ -63,9 +66,14 @@ def mixture_eps(
     x_t: Tensor, # (B, D) noisy data
     alpha_bar_t: Tensor, # scalar or (B, 1)
     data: Mixture, # the clean data
+    among: Tensor | None = None, # (B, K) bool, the clusters that each row's caption names; all if None
 ) -> Tensor: # (B, D), in the precision of the data
-    "Best noise prediction for mixture data, equation (5): -σ times the score."
+    "Best noise prediction for mixture data, equation (5): -σ times the score; `ValueError` for a row that may come from no cluster."
     away, variance, log_share = _parts(x_t, alpha_bar_t, data)
+    if among is not None:
+        require(among.shape == log_share.shape and bool(among.any(1).all()),
+                f'among has shape {tuple(among.shape)}; it must be {tuple(log_share.shape)} with a True in each row, so name a cluster for each.')
+        log_share = log_share.masked_fill(~among, -math.inf)
     share = log_share.softmax(-1) / variance                                       # (B, K)
     return (1 - alpha_bar_t).sqrt().to(share) * (share[..., None] * away).sum(1)
 
@@ -245,7 +253,7 @@ def dpm_timesteps(
     T: int = 1000, # number of training timesteps
 ) -> Tensor: # (steps,) integers, descending from T-1
     "Evenly spaced timesteps of diffusers' DPMSolverMultistepScheduler (`linspace`); the clean end is left out."
-    require(1 <= steps < T, f'steps is {steps}; it must lie in 1..{T - 1}, so pass for example steps=14.')
+    require(isinstance(steps, int) and 1 <= steps < T, f'steps is {steps}; it must be an integer in 1..{T - 1}, so pass for example steps=14.')
     return torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long().flip(0)[:-1]
 
 # %% ../nbs/02_solvers.ipynb #e889883c

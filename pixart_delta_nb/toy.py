@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from .consistency import consistency_function
 from .core import require
-from .schedules import add_noise, at, eps_to_x0, gaussian_eps, log_snr
+from .schedules import add_noise, at, check_alpha_bar, eps_to_x0, gaussian_eps, log_snr
 from .solvers import Mixture, ddim_step, mixture_eps, pf_ode_map, skip_grid
 
 # %% ../nbs/04_toy.ipynb #4e979183
@@ -26,8 +26,11 @@ class Captioned(NamedTuple):
     @property
     def null(self) -> int: return int(self.classes.max()) + 1
 
+    def named(self, label: Tensor) -> Tensor: # (B,) -> (B, K) bool, the clusters that each label names
+        return (self.classes == label[:, None]) | (label[:, None] == self.null)
+
     def given(self, label: int) -> Mixture: # what is left of the data once the caption is known
-        return self.data if label == self.null else self.data.given((self.classes == label).nonzero().flatten().tolist())
+        return self.data.given(self.named(torch.tensor([label]))[0].nonzero().flatten().tolist())
 
 # %% ../nbs/04_toy.ipynb #aa4a5ed7
 def ring(
@@ -48,19 +51,11 @@ def draw(
     count: int, # points to draw
     generator: torch.Generator, # source of the draw
 ) -> tuple: # points (count, 2) float32 and labels (count,)
-    "Points of a mixture of equal weights, with their classes."
+    "Points of a mixture of equal weights, with their classes; `ValueError` for fewer than one."
+    require(count >= 1, f'count is {count}; there must be something to draw, so pass at least 1.')
     j = torch.randint(len(world.classes), (count,), generator=generator)
     noise = torch.randn(count, 2, generator=generator)
     return world.data.mean.float()[j] + world.data.std.float()[j, None]*noise, world.classes[j]
-
-# %% ../nbs/04_toy.ipynb #203dc501
-def _given_eps(x, ab, label, world):
-    "The best noise prediction for each point's own label."
-    eps = x.new_empty(x.shape, dtype=torch.float64)
-    for c in label.unique().tolist():
-        rows = label == c
-        eps[rows] = mixture_eps(x[rows], ab[rows] if ab.ndim else ab, world.given(c))
-    return eps.to(x.dtype)
 
 # %% ../nbs/04_toy.ipynb #09e60d4d
 def exact_eps(
@@ -78,9 +73,9 @@ def exact_eps(
             f'x has shape {tuple(x.shape)} and label {tuple(label.shape)}; they must be (B, 2) and (B,), so give one label a point.')
     require(bool(((label >= 0) & (label <= world.null)).all()),
             f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{world.null}, where {world.null} is the null label.')
-    eps = _given_eps(x, alpha_bar_t, label, world)
-    if omega == 0: return eps
-    return eps + omega*(eps - mixture_eps(x, alpha_bar_t, world.data).to(x.dtype))
+    eps = mixture_eps(x, alpha_bar_t, world.data, world.named(label))
+    if omega: eps = eps + omega*(eps - mixture_eps(x, alpha_bar_t, world.data))
+    return eps.to(x.dtype)
 
 # %% ../nbs/04_toy.ipynb #249692e4
 def exact_map(
@@ -93,12 +88,12 @@ def exact_map(
     tol: float = 1e-4, # largest error, in the unit of the data
 ) -> Tensor: # (B, 2) float64, the end of each trajectory
     "The guided PF-ODE from `x` to clean data: the consistency function that Algorithm 1 looks for; `ValueError` for a time outside the table."
-    require(0 <= t < len(alpha_bar), f't is {t}; it must lie in 0..{len(alpha_bar) - 1}, so clamp it.')
+    require(isinstance(t, int) and 0 <= t < len(alpha_bar), f't is {t}; it must be an integer in 0..{len(alpha_bar) - 1}, so round and clamp it.')
     return pf_ode_map(lambda x, ab: exact_eps(x, ab, label, world, omega), x, alpha_bar[t], tol=tol)
 
 # %% ../nbs/04_toy.ipynb #5de3c83f
 class ToyNet(nn.Module):
-    "Noise prediction for points in the plane, equation (2)."
+    "Noise prediction for points in the plane, equation (2); `ValueError` for a table that does not decrease and a width that is not positive."
     def __init__(self,
         classes: int, # number of classes, without the null label
         alpha_bar: Tensor, # (T,) table of ᾱ that the network is trained with
@@ -106,6 +101,8 @@ class ToyNet(nn.Module):
         width: int = 96, # of the three hidden layers
     ):
         super().__init__()
+        check_alpha_bar(alpha_bar)
+        require(data_std > 0, f'data_std is {data_std}; the data must vary, so pass a positive number.')
         self.labels, self.data_std = classes + 1, data_std
         self.register_buffer('alpha_bar', alpha_bar)
         self.body = nn.Sequential(nn.Linear(19 + self.labels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
@@ -173,6 +170,7 @@ class Recipe:
         require(self.pairs in ('solver', 'noise'), f"pairs is {self.pairs!r}; it must be 'solver' or 'noise'.")
         require(self.pairs == 'solver' or self.omega == 0, f'omega is {self.omega}; without a teacher there is nothing to guide, so pass omega=0.')
         require(0 <= self.drop < 1 and self.clip >= 0, f'drop={self.drop}, clip={self.clip}; they need 0 <= drop < 1 and clip >= 0.')
+        require(self.lr > 0 and self.adam_eps > 0, f'lr={self.lr}, adam_eps={self.adam_eps}; AdamW needs both positive, so pass 1e-3 and 1e-8.')
 
 # %% ../nbs/04_toy.ipynb #c3835174
 def jump(

@@ -58,7 +58,10 @@ def position_embedding(
     base_size: int,                # tokens a side at the training resolution
     interpolation_scale: float,    # the positions are divided by this
 ) -> torch.Tensor:                 # (height_tokens*width_tokens, width), float32, row by row
-    "Fixed 2-D sine-cosine positions, equations (2) and (3): the column's half first, then the row's."
+    "Fixed 2-D sine-cosine positions, equations (2) and (3): the column's half first, then the row's. Raises ValueError for an odd width or an empty grid."
+    require(width >= 4 and width % 4 == 0, f'width is {width} but must be a multiple of 4, for a sine and a cosine on two axes: try {max(4, width//4*4)}.')
+    require(min(height_tokens, width_tokens, base_size) >= 1 and interpolation_scale > 0,
+            f'The grid is {height_tokens} x {width_tokens}, base {base_size}, scale {interpolation_scale}; all must be positive: check the sizes.')
     def axis(pos):                                                                      # (N,)
         omega = 10_000.**-(torch.arange(width//4, dtype=torch.float64)/(width/4))       # (D/4,)
         out = pos[:, None]*omega                                                        # (N, D/4)
@@ -90,7 +93,9 @@ def sinusoid(
     dim: int,                    # even number of output channels
     max_period: int = 10_000,    # longest wavelength, over 2 pi
 ) -> torch.Tensor:               # (B, dim) float32: cosines, then sines
-    "A number as waves of geometrically spaced frequencies."
+    "A number as waves of geometrically spaced frequencies. Raises ValueError for an odd `dim`, and unless `t` is one number a row."
+    require(t.ndim == 1 and dim >= 2 and dim % 2 == 0,
+            f't has shape {tuple(t.shape)} and dim is {dim}, but they must be (B,) and even: flatten t, and try dim=256.')
     half = dim // 2
     freqs = torch.exp(-math.log(max_period)*torch.arange(half, device=t.device, dtype=torch.float32)/half)
     args = t.float()[:, None]*freqs                                                     # (B, dim/2)
@@ -157,7 +162,8 @@ def caption_bias(
     mask: torch.Tensor,      # (B, L), 1 for a word and 0 for padding
     dtype: torch.dtype,      # dtype of the attention scores
 ) -> torch.Tensor:           # (B, 1, 1, L): 0 for a word, -10000 for padding
-    "Text mask as an additive attention bias, as in diffusers (disagreement 9)."
+    "Text mask as an additive attention bias, as in diffusers (disagreement 9). Raises ValueError unless it is (B, L)."
+    require(mask.ndim == 2, f'mask has shape {tuple(mask.shape)} but must be (B, L): pass one row a caption.')
     return ((1 - mask.to(dtype))*-10_000.)[:, None, None, :]
 
 # %% ../nbs/06_transformer.ipynb #9e079e05
@@ -197,8 +203,10 @@ def unpatchify(
     width: int,              # columns of the result, w*p
     patch_size: int,         # p
 ) -> torch.Tensor:           # (B, C, height, width)
-    "Tokens back to an image, equation (7)."
+    "Tokens back to an image, equation (7). Raises ValueError when the sizes do not fit."
     p = patch_size
+    require(height % p == 0 and width % p == 0 and tokens.ndim == 3 and tokens.shape[1] == height*width//p**2 and tokens.shape[2] % p**2 == 0,
+            f'tokens has shape {tuple(tokens.shape)} but must be (B, {height}*{width}/{p}², {p}²*C): pass the height and width of the latents.')
     x = tokens.unflatten(1, (height//p, width//p)).unflatten(-1, (p, p, -1))            # (B, h, w, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height, width)          # (B, C, H, W)
 

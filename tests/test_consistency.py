@@ -30,7 +30,7 @@ def test_boundary_in_float64_follows_its_formula():
     torch.testing.assert_close(c_out, 10*t/((10*t)**2 + 0.25).sqrt(), rtol=1e-14, atol=0)
 
 
-def test_boundary_uses_timestep_scaling():
+def test_disagreement_4_timestep_scaling_is_used():
     assert boundary_scalings(torch.tensor(50), timestep_scaling=0.01)[0].item() == pytest.approx(0.5)
 
 
@@ -79,7 +79,7 @@ def test_consistency_function_refuses_learned_variance_channels():
         consistency_function(torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 2, 2), torch.tensor([1]), ALPHA_BAR)
 
 
-def test_four_step_grids():
+def test_disagreement_5_four_step_grids():
     assert lcm_timesteps(4).tolist() == [999, 759, 499, 259]
     assert released_timesteps(4).tolist() == [999, 759, 519, 279]
 
@@ -181,3 +181,18 @@ def test_algorithm_1_combines_increments_which_equals_a_guided_hop():
     x, c, null = (torch.randn(2, 4, 2, 2, generator=seeded(s), dtype=torch.float64) for s in (0, 1, 2))
     psi = lambda eps: ddim_step(x, eps, ALPHA_BAR[519], ALPHA_BAR[499]) - x
     torch.testing.assert_close(x + 5.5*psi(c) - 4.5*psi(null), ddim_step(x, guide(c, null, 4.5), ALPHA_BAR[519], ALPHA_BAR[499]))
+
+
+def test_sampler_takes_a_plain_list_and_refuses_a_table_that_does_not_decrease():
+    x = torch.zeros(1, 4, 2, 2)
+    assert torch.equal(multistep_consistency_sample(toy_f, x, [999], ALPHA_BAR), toy_f(x, torch.tensor([999])))
+    with pytest.raises(ValueError, match='must decrease'): multistep_consistency_sample(toy_f, x, [999], 1 - ALPHA_BAR)
+
+
+def test_disagreement_11_the_estimate_of_the_last_jump_has_no_noise(scheduler):
+    scheduler.set_timesteps(2, original_inference_steps=50)
+    x, g = torch.randn(1, 4, 8, 8, generator=seeded(0)), seeded(1)
+    for t in scheduler.timesteps: x, denoised = scheduler.step(toy_eps(x, t.expand(1)), t, x, generator=g, return_dict=False)
+    assert torch.equal(x, denoised)
+    ours = multistep_consistency_sample(toy_f, torch.randn(1, 4, 8, 8, generator=seeded(0)), lcm_timesteps(2), ALPHA_BAR, seeded(1))
+    assert (ours - denoised).abs().max() < 1e-4*denoised.abs().max()

@@ -122,3 +122,9 @@ def test_provenance_names_what_a_rerun_needs():
 @pytest.mark.parametrize('started', [0, float('nan'), 1e12])
 def test_provenance_refuses_an_impossible_start(started):
     with pytest.raises(ValueError, match='started is'): core.provenance('x', {}, started)
+
+
+def test_metadata_of_a_missing_or_damaged_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='no.safetensors is missing'): core.load_metadata(tmp_path/'no.safetensors')
+    (tmp_path/'x.safetensors').write_bytes(b'no header')
+    with pytest.raises(ValueError, match='x.safetensors is damaged'): core.load_metadata(tmp_path/'x.safetensors')

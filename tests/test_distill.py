@@ -211,3 +211,45 @@ def test_benchmark_reports_its_floor(networks, batch):
     cost = benchmark_step(*[m.float() for m in networks], light, ALPHA_BAR, repeats=2)
     assert cost['floor_seconds'] == pytest.approx(6*cost['forward_seconds']) and cost['ratio'] > 0
     assert cost['ratio'] == pytest.approx(cost['step_seconds']/cost['floor_seconds'])
+
+
+@pytest.mark.parametrize('change, match', [(dict(n=torch.tensor([0, 50, 1])), 'from 0 to 49'), (dict(n=torch.tensor([0, -1, 1])), 'from 0 to 49'),
+                                           (dict(n=torch.tensor([0])), 'one index an image'), (dict(omega=-1.), 'must not be negative'), (dict(k=30), 'k is 30')])
+def test_step_refuses(networks, batch, noise, change, match):
+    with pytest.raises(ValueError, match=match): lcd_step(*networks, batch, ALPHA_BAR, **{'n': N, 'noise': noise, **change})
+
+
+def test_step_refuses_a_table_that_does_not_decrease(networks, batch, noise):
+    with pytest.raises(ValueError, match='must decrease'): lcd_step(*networks, batch, 1 - ALPHA_BAR, n=N, noise=noise)
+
+
+def test_batches_refuse(batch):
+    with pytest.raises(ValueError, match='size is 0'): draw_batch(batch, 0, torch.Generator())
+    with pytest.raises(ValueError, match='one encoder makes both'): pair_with_null(batch._replace(null=torch.zeros(1, 1, 5)))
+
+
+def test_loop_refuses_a_range_of_omega_that_is_none(batch, tmp_path):
+    with pytest.raises(ValueError, match=r'omega=\(3.0, -1.0\)'): train_linear(batch, tmp_path, omega=(3., -1.))
+
+
+def test_disagreement_8_a_captions_mask_over_the_null_caption_is_another_input(networks, batch):
+    teacher, t = networks[2], torch.full((1,), 500)
+    wide = torch.cat([batch.null, batch.caption[:1, 1:]], 1)
+    own, captions = (predict_eps(teacher, batch.z[:1], t, wide, torch.tensor([m])) for m in ([1, 0, 0, 0], [1, 1, 0, 0]))
+    torch.testing.assert_close(own, predict_eps(teacher, batch.z[:1], t, batch.null, torch.ones(1, 1)), rtol=0, atol=1e-12)
+    assert (own - captions).abs().max() > 1e-6
+
+
+def test_folder_to_folder_is_the_loop_and_is_known_as_a_student(tmp_path):
+    from pixart_delta_nb.distill import distill
+    from pixart_delta_nb.sampling import fixed_omega, is_student, tiny_pipeline
+    from pixart_delta_nb.teacher import load_pipeline, save_pipeline
+    tiny, g = tiny_pipeline(), torch.Generator().manual_seed(0)
+    save_pipeline(tiny, tmp_path/'teacher')
+    rows = Batch(torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 5, 32, generator=g), torch.ones(4, 5), torch.randn(1, 1, 32, generator=g))
+    settings = dict(steps=2, lr=1e-3, batch_size=2, warmup=1, progress=False)
+    distill(tmp_path/'teacher', rows, tmp_path/'run', **settings)
+    by_hand, _, _ = lcd_train(tiny.transformer, rows, ALPHA_BAR, tmp_path/'by_hand', **settings)
+    opened = load_pipeline(tmp_path/'run'/'pipeline')
+    assert all(torch.equal(v, opened.transformer.state_dict()[name]) for name, v in by_hand.state_dict().items())
+    assert is_student(opened) and fixed_omega(opened) == 3.5 and not is_student(load_pipeline(tmp_path/'teacher'))

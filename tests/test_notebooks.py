@@ -1,5 +1,6 @@
-"""Every notebook as a reader meets it: equations that exist, figures with prose around them, and outputs that are clean."""
-import json, re
+"""Every notebook as a reader meets it: equations that exist, figures with prose around them, checks beside the code, and outputs that are clean."""
+import ast, json, re
+from functools import cache
 from pathlib import Path
 import pytest
 
@@ -12,6 +13,7 @@ FOLDER = re.compile(r'(?<![\w.:/-])/(?:work|tmp|root|home|usr|mnt|var)/\w')
 each = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 
+@cache
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
 def source(cell): return ''.join(cell['source'])
 def outputs(path): return [(i, o) for i, c in enumerate(cells(path)) for o in c.get('outputs', [])]
@@ -81,3 +83,47 @@ def test_live_widgets_have_a_readable_fallback(path):
     for i, output in outputs(path):
         if 'application/vnd.jupyter.widget-view+json' in output.get('data', {}):
             assert 'children=' not in ''.join(output['data']['text/plain']), f'cell {i} stores the bare repr of a widget'
+
+
+CHECK = re.compile(r'\bassert\b|\btest_(?:eq|close|fail)\(|\bassert_close\(|\bexcept ValueError\b|\b(?:refusal|rejects)\(')
+GROUND = [p for p in NOTEBOOKS if p.stem[:2] in ('00', '01', '02', '03', '04', '06', '08', '09')]
+
+
+@cache
+def boxes():
+    "The quoted boxes on a disagreement of report, released code and diffusers: number -> (notebook, index of its cell, text)."
+    found = {}
+    for path in NOTEBOOKS:
+        for i, cell in enumerate(cells(path)):
+            quotes = re.findall(r'(?m)(?:^>.*\n?)+', source(cell)) if cell['cell_type'] == 'markdown' else []
+            for quote in quotes:
+                for n in re.findall(r'[Dd]isagreement (\d+)', quote): found.setdefault(int(n), []).append((path, i, quote))
+    return found
+
+
+@pytest.mark.parametrize('number', range(1, 18))
+def test_every_disagreement_has_a_box_with_a_check_below_it(number):
+    complete = [quote for path, i, quote in boxes().get(number, []) if re.search('report', quote, re.I) and re.search('code|diffusers', quote)
+                and any(c['cell_type'] == 'code' and CHECK.search(source(c)) for c in cells(path)[i + 1:i + 13])]
+    assert complete, f'no notebook has a box on disagreement {number} that names report and code, with a check in the twelve cells after it'
+
+
+def exports(path):
+    "Exported functions and classes of a notebook: index of the cell, name, and the names that a check may use (a class: its methods too)."
+    for i, cell in enumerate(cells(path)):
+        if cell['cell_type'] != 'code' or not source(cell).startswith('#| export'): continue
+        for node in ast.parse(source(cell)).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
+                methods = [m.name for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith('_')] if isinstance(node, ast.ClassDef) else []
+                yield i, node.name, [node.name, *methods]
+
+
+@pytest.mark.parametrize('path', GROUND, ids=lambda p: p.stem)
+def test_every_export_has_two_checks_in_its_notebook(path):
+    few = {}
+    for i, name, words in exports(path):
+        used = re.compile(r'\b(?:' + '|'.join(words) + r')\b')
+        below = [source(c) for c in cells(path)[i + 1:] if c['cell_type'] == 'code' and not source(c).startswith('#| export')]
+        count = sum(len(CHECK.findall(text)) for text in below if used.search(text))
+        if count < 2: few[name] = count
+    assert not few

@@ -4,7 +4,7 @@ import math
 import torch
 from hypothesis import given, settings, strategies as st
 
-from pixart_delta_nb import consistency as C, schedules as S, solvers
+from pixart_delta_nb import consistency as C, core, distill as D, schedules as S, solvers, toy, transformer as T
 
 AB = S.alpha_bar_from_betas(S.linear_betas())
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -151,3 +151,55 @@ def test_guidance_of_equal_predictions_changes_nothing_and_s_is_one_plus_omega(b
     a, b, _ = (y.double() for y in batch)
     torch.testing.assert_close(C.guide(a, a, omega), a)
     torch.testing.assert_close(C.guide(a, b, omega), b + (1 + omega)*(a - b), rtol=1e-9, atol=1e-9)
+
+
+@every
+@given(st.floats(0., 1.), st.floats(0., 1.))
+def test_the_continuous_schedule_falls_from_one(a, b):
+    early, late = (S.continuous_alpha_bar(torch.tensor(v, dtype=torch.float64)) for v in sorted((a, b)))
+    assert 0 < late <= early <= 1
+
+
+@every
+@given(batches(), st.floats(1e-4, 1.))
+def test_the_pseudo_huber_distance_is_symmetric_and_below_the_absolute_error(batch, c):
+    a, b, _ = batch
+    d = D.pseudo_huber(a, b, c)
+    assert d.dtype == wide(a) and torch.equal(d, D.pseudo_huber(b, a, c))
+    assert -1e-6 <= d <= (a.to(d) - b.to(d)).abs().mean() + 1e-6
+
+
+@every
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), DTYPES)
+def test_unpatchify_puts_each_patch_in_its_place(h, w, p, C_out, dtype):
+    tokens = draw(h, (2, h*w, p*p*C_out), dtype)
+    image = T.unpatchify(tokens, h*p, w*p, p)
+    for i in range(h):
+        for j in range(w):
+            patch = tokens[:, i*w + j].reshape(2, p, p, C_out).permute(0, 3, 1, 2)
+            assert torch.equal(image[:, :, i*p:(i + 1)*p, j*p:(j + 1)*p], patch)
+
+
+@every
+@given(st.lists(st.floats(0., 5000.), min_size=1, max_size=4), st.integers(1, 64))
+def test_waves_lie_on_circles(t, half):
+    waves = T.sinusoid(torch.tensor(t), 2*half)
+    torch.testing.assert_close(waves[:, :half]**2 + waves[:, half:]**2, torch.ones(len(t), half), rtol=0, atol=1e-5)
+
+
+@every
+@given(st.integers(0, 999), st.floats(0., 8.), st.integers(0, 999))
+def test_guiding_all_data_changes_nothing_and_a_caption_is_its_own_mixture(t, omega, seed):
+    x, world = draw(seed, (6, 2), torch.float64), toy.ring()
+    null = torch.full((6,), world.null)
+    torch.testing.assert_close(toy.exact_eps(x, AB[t], null, world, omega), solvers.mixture_eps(x, AB[t], world.data))
+    label = torch.arange(6) % 4
+    torch.testing.assert_close(toy.exact_eps(x, AB[t], label, world)[1:2], solvers.mixture_eps(x[1:2], AB[t], world.given(1)))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 4), max_size=3), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool]))
+def test_files_keep_every_shape_and_dtype(tmp_path_factory, shape, dtype):
+    tensor = draw(0, tuple(shape), torch.float64).mul(3).to(dtype)
+    back = core.load_tensors(core.save_tensors(tmp_path_factory.mktemp('t')/'t.safetensors', {'t': tensor}))['t']
+    assert back.dtype == dtype and back.shape == tensor.shape and torch.equal(back, tensor)

@@ -142,3 +142,8 @@ def test_the_shipped_student_draws_the_same_in_stock_diffusers():
     theirs = torch.as_tensor(stock(caption, **noise, generator=make_generators([5]), output_type='np', height=128, width=128,
                                    use_resolution_binning=False, clean_caption=False).images).permute(0, 3, 1, 2)
     assert (generate(load_pipeline(student='shipped'), [caption], 4, seeds=[5]) - theirs).abs().max() < 1e-4
+
+
+def test_seeds_that_are_no_whole_numbers_are_refused():
+    for bad in ('a', 1.5):
+        with pytest.raises(ValueError, match='a seed is a whole number'): make_generators([bad])

@@ -90,7 +90,7 @@ def test_at_shapes_and_values():
 
 
 @pytest.mark.parametrize('t, message', [(torch.tensor([-1, 3]), r'\[-1, 3\]'), (torch.tensor([1, 1000]), '1000'),
-                                        (torch.tensor([1., 2.]), 'float32'), (torch.tensor([1, 2, 3]), r'\(3,\)')])
+                                        (torch.tensor([1., 2.]), 'float32'), (torch.tensor([1, 2, 3]), r'\(3,\)'), (torch.tensor([]).long(), r'\(0,\)')])
 def test_at_refuses(t, message):
     with pytest.raises(ValueError, match=message): S.at(PIXART, t, torch.zeros(2, 4))
 
@@ -104,7 +104,7 @@ def test_at_refuses(t, message):
     (lambda: S.add_noise(data(3, 3), data(3, 3), PIXART[:3]), 'broadcast'),
     (lambda: S.add_noise(data(3, 3), data(3, 3), PIXART[:2].reshape(2, 1)), 'broadcast'),
     (lambda: S.add_noise(data(3, 3), data(1, 3), PIXART[0]), 'must be equal'),
-    (lambda: S.to_v(data(3), data(3), torch.tensor(1.5)), r'\[0, 1\]'),
+    (lambda: S.to_v(data(3), data(3), torch.tensor(1.5)), r'\[0, 1\]'), (lambda: S.to_v(data(3), data(3), torch.tensor(float('nan'))), r'\[0, 1\]'),
     (lambda: S.snr(torch.tensor([-.1, .5])), r'\[-0.1, 0.5\]'), (lambda: S.log_snr(torch.tensor(2.)), r'\[0, 1\]'),
     (lambda: S.continuous_alpha_bar(torch.tensor([0., 999.])), 'divide timesteps'),
     (lambda: S.continuous_alpha_bar(torch.tensor(.5), beta_start=.5, beta_end=.1), 'beta_start=0.5'),

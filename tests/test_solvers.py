@@ -216,3 +216,29 @@ def test_a_wrong_schedule_is_not_cured_by_smaller_steps():
              for name, table in (('right', AB), ('wrong', other)) for k in (20, 1)}
     assert error['right', 1] < error['right', 20] / 10
     assert error['wrong', 1] > error['wrong', 20] / 2 and error['wrong', 1] > 20 * error['right', 1]
+
+
+def test_a_caption_for_each_row_is_the_mixture_of_its_clusters():
+    x, among = noise(3, 2, dtype=torch.float64), torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()
+    together = solvers.mixture_eps(x, AB[300], PLANE, among)
+    alone = [solvers.mixture_eps(x[i:i + 1], AB[300], PLANE.given(among[i].nonzero().flatten().tolist())) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: PLANE.given([3]), 'some of 0..2'), (lambda: PLANE.given([]), 'some of 0..2'), (lambda: PLANE.given([-1]), 'some of 0..2'),
+    (lambda: solvers.mixture_eps(tensor([[0., 1.]]), AB[5], PLANE, torch.zeros(1, 3).bool()), 'a True in each row'),
+    (lambda: solvers.mixture_eps(tensor([[0., 1.]]), AB[5], PLANE, torch.ones(1, 2).bool()), r'\(1, 2\)'),
+    (lambda: solvers.mixture_eps(tensor([[0., 1.]]), tensor(1.5), PLANE), r'\[0, 1\]'), (lambda: solvers.dpm_timesteps(4.), 'steps is 4.0')])
+def test_bad_captions_and_counts_are_refused(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+def test_disagreement_14_the_teachers_fourteen_times_are_uniform():
+    assert solvers.dpm_timesteps(14).diff().unique().tolist() in ([-72, -71], [-71, -72]) and len(solvers.dpm_timesteps(14)) == 14
+
+
+def test_disagreement_17_latents_stay_float32_whatever_the_table():
+    t = torch.tensor([19, 999])
+    x = noise(2, 3)
+    assert AB.dtype == torch.float64 and solvers.ddim_step(x, x, S.at(AB, t, x), S.at(AB, t - 19, x)).dtype == torch.float32

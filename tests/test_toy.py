@@ -86,7 +86,7 @@ def test_exact_map_keeps_its_tolerance(points):
 
 def test_given_keeps_one_class_and_null_keeps_all():
     assert torch.equal(RING.given(2).mean, RING.data.mean[4:6]) and RING.given(2).weight.tolist() == [.5, .5]
-    assert RING.given(RING.null) is RING.data
+    assert all(torch.equal(a, b) for a, b in zip(vars(RING.given(RING.null)).values(), vars(RING.data).values()))
 
 
 def test_exact_map_commutes_with_a_quarter_turn(points):
@@ -204,3 +204,22 @@ def test_energy_distance_of_two_far_clumps_is_twice_their_distance():
 @pytest.mark.parametrize('a, b', [(torch.zeros(3, 2), torch.zeros(3, 1)), (torch.zeros(1, 2), torch.zeros(3, 2)), (torch.zeros(3), torch.zeros(3))])
 def test_energy_distance_refuses(a, b):
     with pytest.raises(ValueError): energy_distance(a, b)
+
+
+def test_labels_name_their_clusters_and_null_names_all():
+    named = RING.named(torch.tensor([1, 4]))
+    assert named.tolist() == [[False, False, True, True, False, False, False, False], [True]*8]
+
+
+def test_exact_eps_of_mixed_labels_is_that_of_each_captions_own_mixture(points):
+    x, label = points
+    from pixart_delta_nb.solvers import mixture_eps
+    together = exact_eps(x, ALPHA_BAR[300], label, RING)
+    for c in range(4): torch.testing.assert_close(together[label == c], mixture_eps(x[label == c], ALPHA_BAR[300], RING.given(c)))
+
+
+@pytest.mark.parametrize('call, match', [
+    (lambda: draw(RING, 0, seeded(0)), 'count is 0'), (lambda: ToyNet(4, 1 - ALPHA_BAR, .7), 'must decrease'), (lambda: ToyNet(4, ALPHA_BAR, 0.), 'data_std is 0.0'),
+    (lambda: exact_map(torch.zeros(2, 2), 5.5, torch.zeros(2).long(), RING, ALPHA_BAR), 't is 5.5'), (lambda: Recipe(lr=-1.), 'lr=-1.0')])
+def test_bad_worlds_and_networks_are_refused(call, match):
+    with pytest.raises(ValueError, match=match): call()

@@ -8,7 +8,7 @@ from diffusers import PixArtTransformer2DModel
 
 from pixart_delta_nb.core import load_tensors, save_tensors
 from pixart_delta_nb.transformer import (INDEX, WEIGHTS, PixArtTransformer, TransformerConfig, caption_bias, config_from_dict,
-                                         config_to_dict, position_embedding, unpatchify)
+                                         config_to_dict, position_embedding, sinusoid, unpatchify)
 
 SMALL = dict(num_attention_heads=4, attention_head_dim=12, num_layers=2, caption_channels=24)
 
@@ -260,3 +260,11 @@ def test_caption_bias_is_diffusers():
     mask = torch.tensor([[1, 1, 0]])
     assert torch.equal(caption_bias(mask, torch.float32), torch.tensor([[[[0., 0., -10_000.]]]]))
     assert caption_bias(mask, torch.float16).isfinite().all()
+
+
+@pytest.mark.parametrize('call, word', [
+    (lambda: position_embedding(6, 2, 2, 2, 1), 'multiple of 4'), (lambda: position_embedding(8, 0, 2, 2, 1), 'positive'),
+    (lambda: sinusoid(torch.zeros(2), 7), 'even'), (lambda: sinusoid(torch.zeros(2, 2), 8), r'\(2, 2\)'),
+    (lambda: unpatchify(torch.zeros(1, 6, 16), 4, 4, 2), r'\(1, 6, 16\)'), (lambda: caption_bias(torch.ones(3), torch.float32), 'one row a caption')])
+def test_building_blocks_refuse(call, word):
+    with pytest.raises(ValueError, match=word): call()
