@@ -26,6 +26,7 @@ def generate(caption: Annotated[str, typer.Argument(help='What to draw.')],
              seed: Annotated[int, typer.Option(help='Noise seed.')] = 0,
              out: Annotated[Path, typer.Option(help='PNG file to write.')] = Path('image.png'),
              teacher: Annotated[bool, typer.Option('--teacher', help='Draw with the guided teacher instead of the student.')] = False,
+             pipeline: Annotated[Optional[str], typer.Option(help='Pipeline folder or hub id to draw with, such as PixArt-alpha/PixArt-LCM-XL-2-1024-MS; the shipped model if not given.')] = None,
              guidance_scale: Annotated[Optional[float], typer.Option(help='s of the teacher, 4.5 if not given; the student has it in its weights.')] = None,
              lora: Annotated[Optional[Path], typer.Option(help='LCM-LoRA folder: the teacher with this adapter is the student.')] = None,
              control: Annotated[Optional[Path], typer.Option(help='Picture that says where things go.')] = None,
@@ -39,7 +40,8 @@ def generate(caption: Annotated[str, typer.Argument(help='What to draw.')],
     from pixart_delta_nb.teacher import load_pipeline
     check_writable(out.parent)
     require(not (teacher and lora), '--teacher and --lora exclude each other, as the adapter makes the teacher a student: leave one out.')
-    pipe = load_pipeline(student=None if teacher or lora else 'shipped')
+    require(not (pipeline and (teacher or control)), '--pipeline excludes --teacher and --control, which belong to the shipped model: leave one out.')
+    pipe = load_pipeline(pipeline, None if pipeline or teacher or lora else 'shipped', device=device)
     if lora: typer.echo(f'{apply_lora(pipe, lora)} tensors of the adapter applied')
     if control: pipe = controlled(pipe, control, condition, scale)
     start = time.perf_counter()
@@ -258,7 +260,7 @@ def precompute(source: Annotated[str, typer.Argument(help='Folder of captioned p
     from pixart_delta_nb.shards import precompute_shards
     from pixart_delta_nb.teacher import load_pipeline
     check_writable(out)
-    found = precompute_shards(source, load_pipeline(teacher).to(device), out, size=size, batch=batch)
+    found = precompute_shards(source, load_pipeline(teacher, device=device), out, size=size, batch=batch)
     typer.echo(f"{out}: {found['images']} images, {found['bytes_per_image']:.0f} bytes an image, {found['images_per_second']:.1f} images a second")
 
 # %% ../nbs/16_cli.ipynb #f56ec59f

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from .core import require
 from .consistency import consistency_function, lcm_timesteps, multistep_consistency_sample
+from .hub import binned_size, resize_and_crop
 from .solvers import dpm_solver_pp_2m, dpm_timesteps
 from .teacher import Pipeline, build_tokenizer, encode_captions, guided_eps, null_caption
 from .schedules import alpha_bar_from_betas, linear_betas
@@ -238,13 +239,18 @@ def generate(
     captions: Sequence, # (B,) strings
     steps: int | None = None, # 4 for a student and 14 for a teacher if None
     guidance_scale: float | None = None, # 4.5 for a teacher if None; a student of fixed ω takes none
-    **options # seeds, batch_size, progress, size, callback of the sampler
+    size: int | tuple | None = None, # pixels: one side or (height, width); any, where the model has a table of shapes, else a multiple of 16
+    **options # seeds, batch_size, progress, callback of the sampler
 ) -> Tensor: # (B, 3, H, W) images in [0, 1]; attribute `evaluations`
-    "Images of captions with the sampler that fits the pipeline; `ValueError` as in the samplers."
+    "Images of captions with the sampler that fits the pipeline, drawn at the nearest shape of training; `ValueError` as in the samplers."
+    shape = (size, size) if isinstance(size, int) else size
+    binned = shape is not None and pipe.transformer.config.sample_size in (32, 64, 128)           # published models: 256, 512 and 1024 pixels
+    options['size'] = binned_size(pipe.transformer.config, *shape) if binned else shape
     if is_student(pipe):
         latents = sample_student(pipe, captions, 4 if steps is None else steps, guidance_scale=guidance_scale, **options)
     else:
         latents = sample_teacher(pipe, captions, 14 if steps is None else steps, 4.5 if guidance_scale is None else guidance_scale, **options)
     images = decode(pipe, latents, options.get('batch_size', 32))                                 # (B, 3, H, W)
+    if binned: images = resize_and_crop(images, *shape)
     images.evaluations = latents.evaluations
     return images

@@ -147,3 +147,14 @@ def test_the_shipped_student_draws_the_same_in_stock_diffusers():
 def test_seeds_that_are_no_whole_numbers_are_refused():
     for bad in ('a', 1.5):
         with pytest.raises(ValueError, match='a seed is a whole number'): make_generators([bad])
+
+@pytest.mark.parametrize('size', [(100, 300), 256])
+def test_a_published_model_draws_at_a_shape_of_training_and_cuts_to_the_size_asked_for(size):
+    from pixart_delta_nb.hub import binned_size
+    pipe = tiny_pipeline(0)
+    pipe.transformer.config.sample_size = 32
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: seen.append(tuple(8*n for n in args[0].shape[-2:])))
+    images = generate(pipe, 'a red cube', 1, size=size)
+    assert images.shape[-2:] == (size if isinstance(size, tuple) else (size, size))
+    assert seen[0] == tuple(binned_size(pipe.transformer.config, *images.shape[-2:])) and min(seen[0]) >= 100
