@@ -2,7 +2,7 @@
 import json
 import pytest, torch
 from pixart_delta_nb.control import (RUNS, control_data, control_snapshots, draw_control_cost, draw_fig5, draw_fig6, ends, held_out, jumps, obey, run_control_cost,
-                                     run_fig6, run_fig12, run_folder, tell_control_cost, tell_fig5, tell_fig6)
+                                     run_fig5, run_fig6, run_fig12, run_folder, tell_control_cost, tell_fig5, tell_fig6)
 from pixart_delta_nb.results import tiny_kit
 
 
@@ -12,13 +12,12 @@ def kit(): return tiny_kit()
 @pytest.fixture(scope='module')
 def data(kit): return control_data(kit.teacher, count=4)
 
-def scores(full, none): # of one run's end
-    return {'ceiling': {'fidelity': .9}, 'scores': [{'captions': told, 'method': m, 'scale': s, 'fidelity': v*s + .2*(1 - s)}
-            for told, v in (('full', full), ('none', none)) for m in ('student 4', 'teacher 14') for s in (0., 1.)]}
+def scores(full, none): # of one examination
+    return [{'captions': told, 'method': m, 'fidelity': v, 'accuracy': .9} for told, v in (('full', full), ('none', none)) for m in ('student 4', 'teacher 14')]
 
 def ablation(transformer, unet): # of `run_fig5`, with these fidelities without words, a seed each
     rows = [{'run': f'{name}, N = 7', 'seed': i, 'final': scores(.85, v)} for name, values in (('Transformer', transformer), ('UNet', unet)) for i, v in enumerate(values)]
-    return {'rows': rows}
+    return {'rows': rows, 'floor': scores(.7, .4), 'ceiling': {'fidelity': .9}}
 
 
 def test_runs_are_those_of_the_report():
@@ -47,10 +46,14 @@ def test_marks_that_a_run_lacks_are_refused(kit, tmp_path):
     ((.6, .7), (.65, .8), 'UNet wiring is ahead in the mean of 2 seeds; the seeds of the two overlap'), ((.8,), (.7, .6), 'no comparison')])
 def test_wirings_are_compared_by_their_seeds(transformer, unet, wanted): assert wanted in tell_fig5(ablation(transformer, unet))
 
-def test_ends_pick_scale_and_captions():
+def test_ends_pick_captions_and_method():
     found = ablation((.8, .7), (.6,))
     assert ends(found, 'none', 'student 4') == {'Transformer, N = 7': [.8, .7], 'UNet, N = 7': [.6]}
-    assert ends(found, 'full', 'teacher 14', 0.) == {'Transformer, N = 7': [.2, .2], 'UNet, N = 7': [.2]}
+    assert ends(found, 'full', 'teacher 14', 'accuracy') == {'Transformer, N = 7': [.9, .9], 'UNet, N = 7': [.9]}
+
+def test_the_floor_is_the_network_before_training(kit, tmp_path):
+    found = run_fig5(kit, tmp_path, None, ('Transformer, N = 1',), marks=(0,), images=2)
+    assert found['floor'] == found['rows'][0]['final'] and found['rows'][0]['curve'][0]['none']['fidelity'] == found['floor'][2]['fidelity']
 
 def test_figure_5_is_drawn_from_numbers_alone():
     left, right = draw_fig5(json.loads(json.dumps(ablation((.8, .7), (.6,))))).axes
