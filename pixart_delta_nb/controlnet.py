@@ -6,7 +6,7 @@
 __all__ = ['ENTRIES', 'WIRINGS', 'RENAMED', 'CAPTIONS', 'ControlBlock', 'ControlAdapter', 'check_wiring', 'ControlNetTransformer',
            'check_control', 'check_base', 'Controlled', 'precompute_control', 'sample_controlled', 'train_controlnet',
            'check_data', 'save_controlnet', 'load_controlnet', 'convert_released', 'adapter_parameters',
-           'adapter_flops', 'example_inputs', 'measure_cost', 'measure_control']
+           'adapter_flops', 'example_inputs', 'base_flops', 'measure_cost', 'measure_control']
 
 # %% ../nbs/11_controlnet.ipynb #0addd80c
 import copy, json, math, statistics
@@ -332,6 +332,16 @@ def example_inputs(
     given = latents, torch.full((batch,), 500.), torch.randn(batch, caption_tokens, config.caption_channels), torch.ones(batch, caption_tokens)
     return given, dict(resolution=torch.ones(batch, 2), aspect_ratio=torch.ones(batch, 1)) if config.use_additional_conditions else {}
 
+def base_flops(
+    base, # PixArtTransformer
+    caption_tokens: int = 120, # L
+) -> int: # operations of one evaluation of one image, at its own size
+    "Counted on the meta device, where every operation is counted; a CPU's fused attention is not."
+    with torch.device('meta'):
+        given, extra = example_inputs(base.config, 1, caption_tokens)
+        with FlopCounterMode(display=False) as count: type(base)(base.config)(*given, **extra)
+    return count.get_total_flops()
+
 # %% ../nbs/11_controlnet.ipynb #1f19d301
 @torch.no_grad()
 def measure_cost(
@@ -346,11 +356,10 @@ def measure_cost(
     given, extra = example_inputs(config, batch, caption_tokens)
     given, extra = [x.to(weight) for x in given], {k: v.to(weight) for k, v in extra.items()}
     networks = {0: (base, given)} | {n: (ControlNetTransformer(base, n).eval(), (*given, given[0])) for n in numbers}
-    with FlopCounterMode(display=False) as count: base(*given, **extra)
     rounds = [{n: _seconds(lambda: net(*x, **extra), weight.device) for n, (net, x) in networks.items()} for _ in range(repeats + 1)]
     seconds = {n: statistics.median(r[n] for r in rounds[1:]) for n in networks}
-    added = {n: adapter_flops(config, n, caption_tokens) for n in numbers}
-    return [{'num_copies': n, 'parameters': adapter_parameters(config, n), 'flops': added[n], 'predicted': 1 + added[n]*batch/count.get_total_flops(),
+    added, alone = {n: adapter_flops(config, n, caption_tokens) for n in numbers}, base_flops(base, caption_tokens)
+    return [{'num_copies': n, 'parameters': adapter_parameters(config, n), 'flops': added[n], 'predicted': 1 + added[n]/alone,
              'measured': seconds[n]/seconds[0], 'seconds': seconds[n], 'base_seconds': seconds[0]} for n in numbers]
 
 # %% ../nbs/11_controlnet.ipynb #d1a4b49e
