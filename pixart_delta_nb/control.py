@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from .conditions import fidelity, truth
-from .controlnet import CAPTIONS, ControlNetTransformer, adapter_flops, adapter_parameters, load_controlnet, precompute_control, sample_controlled, save_controlnet, train_controlnet
+from .controlnet import CAPTIONS, ControlNetTransformer, load_controlnet, measure_cost, precompute_control, sample_controlled, save_controlnet, train_controlnet
 from .core import PALETTE, require, use_style, write_atomic
 from .metrics import attribute_accuracy, bootstrap_interval
 from .peers import draw_strip_of, pack_images, unpack_images
-from .results import Kit, clock, measured
+from .results import Kit, measured
 from .sampling import sample_student, sample_teacher
 from .scenes import attributes, make, render, render_many
 from .teacher import precompute
@@ -205,32 +205,21 @@ def tell_fig12(found: dict) -> str: # of `run_fig12`
 # %% ../nbs/14c_control.ipynb #ac7c6d30
 @measured('control-cost')
 def run_control_cost(kit: Kit, copies=(1, 2, 4, 7, 13), batch=8, repeats=7) -> dict:
-    "Seconds of an evaluation with N copies beside the base's, parameters and operations added, for each N."
-    base, config = kit.teacher.transformer, kit.teacher.transformer.config
-    x, t = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size), torch.full((batch,), 500)
-    y, m, rows = torch.randn(batch, 32, config.caption_channels), torch.ones(batch, 32), []
-    def seconds(call):
-        start = clock()
-        with torch.no_grad(): call()
-        return clock() - start
-    for n in (n for n in copies if n < config.num_layers):
-        net, pairs = ControlNetTransformer(base, n).eval(), []
-        for _ in range(repeats + 1): pairs.append((seconds(lambda: base(x, t, y, m)), seconds(lambda: net(x, t, y, m, x))))
-        alone, whole = (statistics.median(p[k] for p in pairs[1:]) for k in range(2))     # the first warms up
-        rows.append({'copies': n, 'parameters': adapter_parameters(config, n), 'operations': adapter_flops(config, n, 32), 'base_seconds': alone/batch, 'seconds': whole/batch, 'added': whole/alone - 1})
-    return {'batch': batch, 'blocks': config.num_layers, 'rows': rows, 'seeds': {}}
+    "`controlnet.measure_cost` of the teacher's network: seconds with N copies beside the base's, and what the count predicts."
+    blocks = kit.teacher.transformer.config.num_layers
+    return {'batch': batch, 'blocks': blocks, 'rows': measure_cost(kit.teacher.transformer, [n for n in copies if n < blocks], batch, repeats=repeats), 'seeds': {}}
 
 def draw_control_cost(found: dict): # of `run_control_cost`
-    "Share of an evaluation that N copies add: measured, and N blocks of all."
+    "Times an evaluation with N copies takes as long as one without: measured, and by the count of operations."
     from matplotlib.figure import Figure
     use_style()
     fig = Figure(figsize=(5, 3), layout='constrained'); ax = fig.subplots()
-    n = [r['copies'] for r in found['rows']]
-    ax.plot(n, [r['added'] for r in found['rows']], 'o', color=PALETTE[0], label='measured')
-    ax.plot([0, max(n)], [0, max(n)/found['blocks']], ':', color='k', label='N blocks of all')
-    ax.set(xlabel='copies N', ylabel='share of an evaluation added'); ax.legend()
+    n = [r['num_copies'] for r in found['rows']]
+    ax.plot(n, [r['measured'] for r in found['rows']], 'o', color=PALETTE[0], label='measured')
+    ax.plot(n, [r['predicted'] for r in found['rows']], ':', color='k', label='operations')
+    ax.set(xlabel='copies N', ylabel='times the base alone'); ax.legend()
     return fig
 
 def tell_control_cost(found: dict) -> str: # of `run_control_cost`
-    "The added share at each N beside N over the depth."
-    return 'Added to an evaluation: ' + ', '.join(f"N = {r['copies']}: {r['added']:.0%} (blocks alone {r['copies']/found['blocks']:.0%}, {r['parameters']/1e6:.2f} M parameters)" for r in found['rows']) + '. Evaluations added: none.'
+    "The ratio at each N beside the predicted one."
+    return 'An evaluation takes ' + ', '.join(f"{r['measured']:.2f} times as long with N = {r['num_copies']} ({r['predicted']:.2f} by operations, {r['parameters']/1e6:.2f} M parameters)" for r in found['rows']) + '. Evaluations added: none.'

@@ -73,5 +73,5 @@ def test_nothing_sudden_is_said_of_images_that_do_not_rise():
 
 def test_cost_counts_parameters_and_keeps_evaluations(kit):
     found = run_control_cost(kit, copies=(1, 99), batch=1, repeats=1)
-    assert [r['copies'] for r in found['rows']] == [1] and 'Evaluations added: none' in tell_control_cost(found)
+    assert [r['num_copies'] for r in found['rows']] == [1] and 'Evaluations added: none' in tell_control_cost(found)
     assert len(draw_control_cost(found).axes[0].lines) == 2
