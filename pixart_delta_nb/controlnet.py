@@ -25,7 +25,7 @@ from .sampling import decode, sample_student, sample_teacher
 from .scenes import attributes, make, render
 from .schedules import add_noise, at
 from .teacher import BETAS, alpha_bar_of, drop_captions, loss_weight
-from .training import EMA, bfloat16_products, early_decay, optimisers, train, warm_constant_decay
+from .training import EMA, bfloat16_products, early_decay, optimisers, put_back, train, warm_constant_decay
 from .transformer import WEIGHTS, Block, TransformerConfig, caption_bias, check_inputs, check_state, read_json, unpatchify
 
 # %% ../nbs/11_controlnet.ipynb #2092db3e
@@ -208,6 +208,7 @@ def train_controlnet(
     seed: int = 0, # of batches, noise and dropped captions
     device: str = 'cpu', # where the network runs
     bf16: bool = False, # products in bfloat16
+    wrap=lambda net: net, # what shares the rows of the network out over processes, such as `scale.accelerated`
     **options # of `training.train`: resume, until, log, log_every, save_every, progress
 ) -> ControlNetTransformer: # with the moving average of the adapter, in evaluation mode
     "Train the copies and zero layers of a ControlNet (report §4); `ValueError` on data without control, and as in `train`."
@@ -215,7 +216,7 @@ def train_controlnet(
     z, control, h, mask, null = (data[k] for k in ('latents', 'control', 'captions', 'mask', 'null'))
     generator, alpha_bar = seed_everything(seed), alpha_bar_of(BETAS)
     net = ControlNetTransformer(base.eval().to(device), num_copies, entry, wiring)
-    ema = EMA(net.adapter)
+    ema, net = EMA(net.adapter), wrap(net)
     def step_fn(step, steps):
         i, t = (torch.randint(0, n, (batch,), generator=generator) for n in (len(z), len(alpha_bar)))
         L = int(mask[i].sum(1).max())
@@ -223,19 +224,20 @@ def train_controlnet(
         eps = torch.randn(batch, *z.shape[1:], generator=generator)                     # (B, 4, h, w)
         a = at(alpha_bar, t, eps)                                                       # (B, 1, 1, 1)
         inputs = (y.to(device) for y in (add_noise(z[i].float(), eps, a), t, hh, mm, control[i].float()))
-        with bfloat16_products(device, bf16): out = net(*inputs)[:, :z.shape[1]]
+        told = {k: data[k][i].to(device) for k in ('resolution', 'aspect_ratio') if net.config.use_additional_conditions}
+        with bfloat16_products(device, bf16): out = net(*inputs, **told)[:, :z.shape[1]]
         return (loss_weight(a).to(device)*(out.float() - eps.to(device)).square()).mean()
     state = {'adapter': net.adapter, 'ema': ema, 'generator': generator} | optimisers(
         net.adapter, lambda name, p: 'transformer_block' in name and p.ndim == 2 and 'table' not in name, lr, betas=(.9, .99), dtype=torch.bfloat16 if bf16 else None)
     config = dict(num_copies=num_copies, entry=entry, wiring=wiring, batch=batch, lr=lr, seed=seed, bf16=bf16)
     train(step_fn, state, steps, out, schedule=warm_constant_decay(50, .6, .01), clip=1., config=config,
           after=lambda step, steps: ema.update(net.adapter, early_decay(.998, step)), **options)
-    net.adapter.load_state_dict(ema.state_dict())
+    put_back(net.adapter, ema.state_dict())
     return net.eval()
 
 def check_data(data: dict, config: TransformerConfig) -> None:
     "Raises ValueError unless data holds a control for each latent and captions of the base's width."
-    missing = [k for k in ('latents', 'captions', 'mask', 'null', 'control') if k not in data]
+    missing = [k for k in ('latents', 'captions', 'mask', 'null', 'control') + ('resolution', 'aspect_ratio')*config.use_additional_conditions if k not in data]
     require(not missing, f'the data lacks {", ".join(missing)}; a ControlNet needs the fields of precompute and control: add precompute_control.')
     require(data['control'].shape == data['latents'].shape, f'control has shape {tuple(data["control"].shape)} and latents {tuple(data["latents"].shape)}, but each latent needs a control of its size: encode one picture a row.')
     require(data['captions'].shape[-1] == config.caption_channels, f'the captions have width {data["captions"].shape[-1]}, but the base reads {config.caption_channels}: use its text encoder.')

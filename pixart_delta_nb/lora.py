@@ -241,10 +241,10 @@ def one_model(
 ) -> tuple: # student, target, teacher for `lcd_step`
     "The three networks of Algorithm 1, out of one model."
     adapter = adapter_of(model)
-    def teacher(*inputs):
-        with base_only(model): return model(*inputs)
-    def target(*inputs):
-        with _swapped(adapter, ema.module): return model(*inputs)
+    def teacher(*inputs, **conditions):
+        with base_only(model): return model(*inputs, **conditions)
+    def target(*inputs, **conditions):
+        with _swapped(adapter, ema.module): return model(*inputs, **conditions)
     return model, model if ema is None else target, teacher
 
 def adapter_of(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JoinRows', 'own_rows', 'shard', 'Rows', 'is_sharded', 'start', 'accelerated', 'checkpoint_blocks', 'open_rows',
-           'begin_many', 'finish_many', 'distill_many', 'lora_many', 'teach_many', 'main']
+           'begin_many', 'finish_many', 'distill_many', 'lora_many', 'teach_many', 'control_many', 'main']
 
 # %% ../nbs/15_scale.ipynb #e7f7c8b0
 import copy, os, sys
@@ -187,6 +187,17 @@ def teach_many(pipeline, latents, out, steps=20000, recompute=False, **options):
     finish_many(accelerator, lambda: save_pipeline(pipe, Path(out)/'pipeline', taught={'steps': steps, 'processes': accelerator.num_processes}))
     return pipe
 
+def control_many(pipeline, latents, control, out, steps=4000, copies=13, recompute=False, **options):
+    "A ControlNet trained in every process of the launcher; process 0 writes out/controlnet. control: file of the conditions' latents. options: of `train_controlnet`."
+    from pixart_delta_nb.controlnet import save_controlnet, train_controlnet
+    from pixart_delta_nb.core import load_tensors
+    accelerator, pipe, rows = begin_many(pipeline, latents, recompute)
+    data = {'latents': rows.z, 'captions': rows.caption, 'mask': rows.mask, 'null': rows.null, **rows.conditions, 'control': load_tensors(control)['control']}
+    net = train_controlnet(pipe.transformer, data, out, steps, copies, wrap=lambda net: accelerated(net, accelerator), device=accelerator.device, **options)
+    plain = net.plain()
+    finish_many(accelerator, lambda: save_controlnet(plain, Path(out)/'controlnet', steps=steps))
+    return plain
+
 # %% ../nbs/15_scale.ipynb #1b77346e
 def main(arguments=None):
     "Entry point of `accelerate launch -m pixart_delta_nb.scale`: bad input prints one sentence and exits with 1."
@@ -206,6 +217,11 @@ def main(arguments=None):
     def teach(pipeline: str, latents: Path, out: Path, steps: int = 20000, batch: int = 96, accumulate: int = 1, recompute: bool = False, resume: bool = False):
         "Train the teacher of PIPELINE further on LATENTS into OUT/pipeline."
         teach_many(pipeline, latents, out, steps, recompute, batch=batch, accumulate=accumulate, resume=resume)
+    @app.command()
+    def control(pipeline: str, latents: Path, control: Path, out: Path, steps: int = 4000, copies: int = 13, batch: int = 96, accumulate: int = 1,
+                recompute: bool = False, resume: bool = False):
+        "Train a ControlNet around the transformer of PIPELINE on LATENTS and the latents in CONTROL into OUT/controlnet."
+        control_many(pipeline, latents, control, out, steps, copies, recompute, batch=batch, accumulate=accumulate, resume=resume)
     try: app(arguments)
     except (ValueError, OSError) as error: sys.exit(f'pixart_delta_nb.scale: {error}')
 

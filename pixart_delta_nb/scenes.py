@@ -122,7 +122,7 @@ class FolderDataset(torch.utils.data.Dataset):
         require(Path(folder).is_dir(), f'{str(folder)!r} is not a folder: pass the folder that holds the pictures.')
         self.folder, self.size, self.items, self.skipped = Path(folder), size, [], []
         for name, caption in _candidates(self.folder): self._add(name, caption)
-        require(len(self.items) > 0, f'{str(folder)!r} holds no usable picture ({len(self.skipped)} skipped): '
+        require(len(self.items) > 0, f'{str(folder)!r} holds no usable picture ({len(self.skipped)} skipped{": " + self._listed() if self.skipped else ""}): '
                 'add pictures, each with a caption in metadata.jsonl or in a .txt beside it.')
         if self.skipped: self._warn()
 
@@ -132,9 +132,10 @@ class FolderDataset(torch.utils.data.Dataset):
             self.skipped.append((str(name), 'not found' if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__))
         else: self.items.append((self.folder/name, caption.strip()))
 
+    def _listed(self): return '; '.join(f'{name}: {why}' for name, why in self.skipped[:10]) + ('; …' if len(self.skipped) > 10 else '')
+
     def _warn(self):
-        listed = '; '.join(f'{name}: {why}' for name, why in self.skipped[:10]) + ('; …' if len(self.skipped) > 10 else '')
-        warnings.warn(f'skipped {len(self.skipped)} of {len(self.skipped) + len(self.items)} pictures ({listed})', stacklevel=3)
+        warnings.warn(f'skipped {len(self.skipped)} of {len(self.skipped) + len(self.items)} pictures ({self._listed()})', stacklevel=3)
 
     def __len__(self): return len(self.items)
     def __getitem__(self, index):

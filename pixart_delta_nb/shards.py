@@ -208,7 +208,7 @@ def precompute_shards(source, pipe, out, shard_size=1024, size=128, bins=None, b
         else: writer.add(row, pixels, original, caption)
     for shape in sorted(writer.waiting): writer.encode(shape)
     for shape in sorted(writer.rows): writer.write(shape)
-    require(len(writer.images) > 0, f'the source holds no usable picture ({len(skipped)} skipped): pictures with captions are needed.')
+    require(len(writer.images) > 0, f'the source holds no usable picture ({len(skipped)} skipped, the first {skipped[:3]}): pictures with captions are needed.')
     writer.manifest(skipped=skipped)
     return _summary(writer, skipped, before, time.perf_counter() - start)
 

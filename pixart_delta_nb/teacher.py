@@ -264,6 +264,7 @@ def check_folder(folder):
     name = read_json(folder/'model_index.json').get('_class_name')
     require(name == 'PixArtAlphaPipeline', f'{folder} is a {name}, but a PixArtAlphaPipeline is needed: choose another model.')
     for part in PARTS: require((folder/part).is_dir(), f'{folder} lacks its folder {part}: copy the whole model again.')
+    read_scheduler(folder, read_json(folder/'card.json') if (folder/'card.json').is_file() else {})   # before the checksums: other betas have a sentence of their own
     card = check_files(folder)
     for part in ('vae', 'text_encoder', 'transformer'):
         require(any((folder/part).glob('*.safetensors')), f'{folder/part} has no safetensors file: copy the whole model again, in the safetensors format.')

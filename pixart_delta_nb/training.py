@@ -126,7 +126,9 @@ class EMA:
     def update(self, module, decay):
         "Move towards `module`; decay: weight of the past, in [0, 1]."
         require(0 <= decay <= 1, f'the EMA decay is {decay}, but it must be in [0, 1]: 0.95 is the report\'s.')
-        torch._foreach_lerp_(list(self.module.parameters()), [p.detach() for p in module.parameters()], 1 - decay)
+        mine = list(self.module.parameters())
+        whole = lambda average, p: p if hasattr(average, 'full_tensor') else gathered(p)         # an average that is not split follows weights that are
+        torch._foreach_lerp_(mine, [whole(m, p.detach()) for m, p in zip(mine, module.parameters())], 1 - decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers()): mine.copy_(theirs)
 
     def state_dict(self): return self.module.state_dict()

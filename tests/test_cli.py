@@ -1,6 +1,7 @@
 """Commands: what is written, and one clear sentence for what cannot be done."""
 import os
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 from pixart_delta_nb import cli
 
@@ -100,7 +101,7 @@ def test_bench_refuses_steps_that_are_no_numbers(tmp_path, capsys):
     assert code == 1 and '4;14' in message
 
 
-def test_controlnet_is_trained_and_saved(tmp_path):
+def test_controlnet_is_trained_saved_and_used(tmp_path, capsys):
     from pixart_delta_nb.controlnet import load_controlnet
     from pixart_delta_nb.teacher import load_pipeline, precompute, save_pipeline
     data, teacher, out = (tmp_path/n for n in ('data', 'teacher', 'out'))
@@ -111,6 +112,12 @@ def test_controlnet_is_trained_and_saved(tmp_path):
     precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, images, captions, teacher/'latents.safetensors', pipe.scaling_factor)
     cli.main(['train-controlnet', '--teacher', str(teacher), '--data', str(data), '--out', str(out), '--steps', '2', '--copies', '2', '--scenes', '3'])
     assert load_controlnet(out/'controlnet', load_pipeline().transformer).facts['condition'] == 'edges'
+    code, message = failed(['train-controlnet', '--teacher', str(teacher), '--data', str(data), '--out', str(out), '--steps', '2', '--scenes', '3', '--condition', 'depth'], capsys)
+    assert code == 1 and 'choose another --out' in message                       # latents of another condition are not taken for this one's
+    Image.new('RGB', (128, 128)).save(tmp_path/'lines.png')
+    options = ['--control', str(tmp_path/'lines.png'), '--condition', 'given', '--controlnet', str(out/'controlnet'), '--out', str(tmp_path/'own.png')]
+    cli.main(['generate', 'a red cube', *options])
+    assert (tmp_path/'own.png').is_file()
 
 
 def test_a_figure_is_made_by_name_and_drawn_again_without_measuring(tmp_path, capsys):
@@ -151,3 +158,21 @@ def test_clip_is_trained_and_opens(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scores, 'train_clip', lambda *arguments, **options: small(*arguments, batch=8, held_out=32, workers=1, progress=False, **options))
     cli.main(['train-clip', '--out', str(tmp_path), '--steps', '2', '--scenes', '8'])
     assert 'among 32' in capsys.readouterr().out and scores.load_clip(tmp_path/'clip').model.config.projection_dim == 64
+
+
+def test_a_folder_in_the_place_of_the_picture_is_refused(tmp_path, capsys):
+    code, message = failed(['generate', 'a red cube', '--out', str(tmp_path)], capsys)
+    assert code == 1 and 'is a folder' in message and not list(tmp_path.iterdir())
+
+
+def test_another_pipeline_draws(tmp_path):
+    from pixart_delta_nb.sampling import tiny_pipeline
+    from pixart_delta_nb.teacher import save_pipeline
+    save_pipeline(tiny_pipeline(), tmp_path/'mine')
+    cli.main(['generate', 'a red cube', '--pipeline', str(tmp_path/'mine'), '--steps', '2', '--out', str(tmp_path/'x.png')])
+    assert Image.open(tmp_path/'x.png').size[0] > 0
+
+
+def test_another_pipeline_excludes_what_belongs_to_the_shipped_one(tmp_path, capsys):
+    code, message = failed(['generate', 'a red cube', '--pipeline', str(tmp_path), '--teacher', '--out', str(tmp_path/'x.png')], capsys)
+    assert code == 1 and '--pipeline excludes' in message

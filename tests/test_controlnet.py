@@ -381,3 +381,14 @@ def test_cost_is_counted_and_timed_for_each_number_of_copies():
 def test_cost_is_measured_with_micro_conditions():
     base = PixArtTransformer(config(attention_head_dim=12, use_additional_conditions=True)).eval()
     assert measure_cost(base, (1,), batch=1, caption_tokens=3, repeats=1)[0]['seconds'] > 0
+
+
+def test_micro_conditions_are_needed_and_reach_the_training(data, tmp_path):
+    torch.manual_seed(0)
+    base = PixArtTransformer(config(use_additional_conditions=True, num_attention_heads=3, attention_head_dim=8))
+    with pytest.raises(ValueError, match='lacks resolution, aspect_ratio'): train_controlnet(base, data, tmp_path/'a', 1, 1, batch=2, progress=False)
+    told, losses = {'resolution': torch.full((6, 2), 64.), 'aspect_ratio': torch.ones(6, 1)}, []
+    torch.nn.init.normal_(base.proj_out.weight, std=.1)
+    for name, side in (('b', 1.), ('c', 8.)):
+        train_controlnet(base, data | told | {'resolution': told['resolution']*side}, tmp_path/name, 1, 1, batch=2, progress=False, log_every=1, log=lambda r: losses.append(r['loss']))
+    assert losses[0] != losses[1]

@@ -353,3 +353,16 @@ def test_a_damaged_adapter_is_refused_by_its_card(tmp_path):
     state = load_tensors(tmp_path/'adapter_model.safetensors')
     save_tensors(tmp_path/'adapter_model.safetensors', {k: v + 1 for k, v in state.items()})
     with pytest.raises(ValueError, match='SHA-256 differs'): apply_lora(pipe, tmp_path)
+
+
+def test_teacher_and_target_of_one_model_take_micro_conditions():
+    from pixart_delta_nb.lora import adapter_of, add_lora, one_model
+    from pixart_delta_nb.training import EMA
+    from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
+    torch.manual_seed(0)
+    model = add_lora(PixArtTransformer(TransformerConfig(num_attention_heads=3, attention_head_dim=8, num_layers=1, sample_size=8, caption_channels=6, use_additional_conditions=True)), rank=2)
+    x, t, y, m = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.randn(2, 3, 6), torch.ones(2, 3)
+    told = {'resolution': torch.full((2, 2), 64.), 'aspect_ratio': torch.ones(2, 1)}
+    with torch.no_grad():
+        student, target, teacher = one_model(model, EMA(adapter_of(model)))
+        assert torch.equal(student(x, t, y, m, **told), teacher(x, t, y, m, **told)) and torch.equal(target(x, t, y, m, **told), teacher(x, t, y, m, **told))

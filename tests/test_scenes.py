@@ -204,6 +204,10 @@ def test_folder_skips_and_lists_what_it_cannot_use(tmp_path):
     assert {n for n, _ in data.skipped} == {'cut.jpg', 'odd.png', 'gone.png', 'mute.png', '3', 'entry 8 of metadata.jsonl'}
 
 
+def test_refusal_names_what_was_skipped(tmp_path):
+    (tmp_path/'broken.png').write_bytes(b'no picture'); (tmp_path/'broken.txt').write_text('a cube')
+    with pytest.raises(ValueError, match='1 skipped: broken.png'): S.FolderDataset(tmp_path, 32)
+
 def test_folder_without_usable_pictures_is_refused(tmp_path):
     picture(tmp_path/'mute.png')
     with pytest.raises(ValueError, match='no usable picture') as caught: S.FolderDataset(tmp_path, 32)
