@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'SEEDS', 'MARKS', 'TRAINING', 'ENDS', 'control_data', 'control_snapshots', 'run_folder', 'held_out', 'obey',
-           'examine', 'run_fig5', 'ends', 'draw_fig5', 'tell_fig5', 'run_fig6', 'jumps', 'draw_fig6', 'tell_fig6',
-           'run_fig12', 'tell_fig12', 'run_control_cost', 'draw_control_cost', 'tell_control_cost']
+           'run_control', 'draw_control', 'tell_control', 'examine', 'run_fig5', 'ends', 'draw_fig5', 'tell_fig5',
+           'run_fig6', 'jumps', 'draw_fig6', 'tell_fig6', 'run_fig12', 'tell_fig12', 'run_control_cost',
+           'draw_control_cost', 'tell_control_cost']
 
 # %% ../nbs/14c_control.ipynb #9257f3c4
 import copy, itertools, json, statistics
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
-from .conditions import fidelity, truth
+from .conditions import closed_gap, fidelity, truth
 from .controlnet import CAPTIONS, ControlNetTransformer, load_controlnet, measure_cost, precompute_control, sample_controlled, save_controlnet, train_controlnet
 from .core import PALETTE, require, use_style, write_atomic
 from .metrics import attribute_accuracy, bootstrap_interval
 from .peers import draw_strip_of, pack_images, unpack_images
-from .results import Kit, measured
+from .results import Kit, exam, grade, measured
 from .sampling import sample_student, sample_teacher
 from .scenes import attributes, make, render, render_many
-from .teacher import precompute
+from .teacher import precompute, shipped
 from .transformer import read_json
 
 # %% ../nbs/14c_control.ipynb #1ba820f2
@@ -62,13 +63,15 @@ def run_folder(run, name: str, seed: int) -> Path: # run: folder of all runs; na
     return Path(run)/f"{options.get('wiring', 'transformer')}-{options['num_copies']}-{seed}"
 
 # %% ../nbs/14c_control.ipynb #3b349d04
-def held_out(images: int, condition='edges', seed=101) -> dict: # condition, captions, labels, given (N, 3, 128, 128), ceiling (N,)
+ENDS = (('student', 4), ('teacher', 14))                                        # networks and their steps
+
+def held_out(images: int, condition='edges', seed=101) -> dict: # condition, captions, labels, given and renders (N, 3, 128, 128), ceiling (N,)
     "Held-out scenes: their captions, their conditions and the score of their true renders."
     scenes = [make(seed, i) for i in range(images)]
     given = torch.stack([truth(s, condition) for s, _, _ in scenes])
     renders = torch.stack([render(s)['image'] for s, _, _ in scenes])
     labels = torch.stack([attributes(s, unsaid) for s, _, unsaid in scenes])
-    return {'condition': condition, 'captions': [c for _, c, _ in scenes], 'labels': labels, 'given': given, 'ceiling': fidelity(given, renders, condition)}
+    return {'condition': condition, 'captions': [c for _, c, _ in scenes], 'labels': labels, 'given': given, 'renders': renders, 'ceiling': fidelity(given, renders, condition)}
 
 def obey(kit: Kit, net: ControlNetTransformer, paper: dict, told='full', network='student', steps=4, **options) -> torch.Tensor: # (N, 3, 128, 128) in [0, 1]
     "Pictures of the scenes of `held_out` under control, with their captions ('full') or the empty one ('none'); noise i for scene i."
@@ -79,8 +82,46 @@ def _summary(values): # (N,)
     return {'fidelity': values.mean().item(), 'interval': bootstrap_interval(values, torch.ones_like(values))}
 
 # %% ../nbs/14c_control.ipynb #94c9e45c
-ENDS = (('student', 4), ('teacher', 14))                                        # network and steps at the end of a run
+@measured('control')
+def run_control(kit: Kit, images=64, condition='edges', seed=101, tolerances=(1, 2)) -> dict:
+    "The shipped ControlNet on held-out scenes: fidelity at each tolerance (pixels), closed gap and grades, without and with control."
+    scenes, paper, rows = held_out(images, condition, seed), exam(images, seed), []
+    net, ceilings = load_controlnet(shipped('controlnet'), kit.teacher.transformer), scenes['renders']
+    for (network, steps), told in itertools.product(ENDS, CAPTIONS):
+        fakes = [obey(kit, net, scenes, told, network, steps, scale=scale) for scale in (0., 1.)]
+        for scale, fake in zip((0., 1.), fakes):
+            row = {'method': f'{network} {steps}', 'captions': told, 'scale': scale}
+            for t in tolerances:
+                floor, ceiling, own = (fidelity(scenes['given'], x, condition, tolerance=t) for x in (fakes[0], ceilings, fake))
+                row |= {f'{k}_{t}': v for k, v in (_summary(own) | {'closed': closed_gap(own, floor, ceiling), 'ceiling': ceiling.mean().item()}).items()}
+            rows.append(row | grade(kit, fake, paper))
+    return {'images': images, 'condition': condition, 'tolerances': list(tolerances), 'rows': rows, 'seeds': {'scenes': seed, 'renders': seed + 1}}
 
+def draw_control(found: dict): # of `run_control`
+    "F-score without (cross) and with control (dot), for teacher and student, with captions and without words."
+    from matplotlib.figure import Figure
+    use_style()
+    fig, t = Figure(figsize=(7, 2.6), layout='constrained'), found['tolerances'][0]
+    ax, labels = fig.subplots(), []
+    for k, pair in enumerate(zip(found['rows'][::2], found['rows'][1::2])):
+        for r, marker in zip(pair, 'xo'):
+            v, (low, high) = r[f'fidelity_{t}'], r[f'interval_{t}']
+            ax.errorbar(v, k, xerr=[[v - low], [high - v]], fmt=marker, color=PALETTE[r['captions'] == 'none'], capsize=2)
+        labels.append(f"{pair[0]['method']}, {'captions' if pair[0]['captions'] == 'full' else 'no words'}")
+    ax.axvline(found['rows'][0][f'ceiling_{t}'], color='k', lw=1); ax.set_yticks(range(len(labels)), labels); ax.invert_yaxis()
+    ax.set_xlabel(f'F-score of the edges, tolerance {t} pixel; line: true renders')
+    return fig
+
+def tell_control(found: dict) -> str: # of `run_control`
+    "F-scores with and without control, the closed gap, and what happens to accuracy and Fréchet distance."
+    t, text = found['tolerances'], []
+    for off, on in zip(found['rows'][::2], found['rows'][1::2]):
+        scores = ', '.join(f"{off[f'fidelity_{n}']:.3f} to {on[f'fidelity_{n}']:.3f} at {n} px" for n in t)
+        text.append(f"{on['method']}, {'captions' if on['captions'] == 'full' else 'no words'}: F {scores} ({on[f'closed_{t[0]}']:.0%} of the gap), accuracy {off['accuracy']:.3f} to {on['accuracy']:.3f}"
+                    + (f", Fréchet (ImageNet) {off['frechet_imagenet']:.1f} to {on['frechet_imagenet']:.1f}" if 'frechet_imagenet' in on else ''))
+    return '; '.join(text) + '.'
+
+# %% ../nbs/14c_control.ipynb #61512ce4
 def examine(kit: Kit, net: ControlNetTransformer, paper: dict) -> list: # of dicts: captions, method, fidelity, interval, accuracy
     "What student and teacher make of the scenes under control, with their captions and without words."
     found = []
@@ -114,7 +155,7 @@ def ends(found: dict, told: str, method: str, key='fidelity') -> dict: # run -> 
     for row in found['rows']: values.setdefault(row['run'], []).append(_pick(row['final'], told, method, key))
     return values
 
-# %% ../nbs/14c_control.ipynb #32cca476
+# %% ../nbs/14c_control.ipynb #777abf18
 def draw_fig5(found: dict): # of `run_fig5`
     "Final fidelity by run, a panel with captions and one without words: circles the student with 4 steps, squares the teacher with 14; a symbol a seed."
     from matplotlib.figure import Figure
@@ -142,7 +183,7 @@ def tell_fig5(found: dict) -> str: # of `run_fig5`
     ahead = 'Transformer' if statistics.fmean(a) > statistics.fmean(b) else 'UNet'
     return text + (f"At 7 copies the {ahead} wiring is ahead in the mean of {len(a)} seeds; the seeds of the two " + ('do not overlap.' if apart else f'overlap ({min(a):.3f} to {max(a):.3f} and {min(b):.3f} to {max(b):.3f}), so this does not decide it.'))
 
-# %% ../nbs/14c_control.ipynb #61512ce4
+# %% ../nbs/14c_control.ipynb #c9389138
 @measured('6')
 def run_fig6(kit: Kit, run='runs/control/transformer-7-0', data=None, name='Transformer, N = 7', marks=MARKS, images=32, shown=4, condition='edges', seed=101, **settings) -> dict:
     "Fidelity of every image at every mark without words, the student with 4 steps, and some of the pictures, after their condition."
@@ -160,7 +201,7 @@ def jumps(found: dict) -> list: # of `run_fig6`; for each image the largest shar
     rise, steps = v[-1] - v[0], v.diff(dim=0)
     return [min((steps[:, i].max()/rise[i]).item(), 1.) for i in range(v.shape[1]) if rise[i] >= .1]
 
-# %% ../nbs/14c_control.ipynb #777abf18
+# %% ../nbs/14c_control.ipynb #1a775c62
 def draw_fig6(found: dict): # of `run_fig6`
     "Above: fidelity of each image (thin) and their mean against the training step. Below: some of them, after their condition."
     from matplotlib.figure import Figure
@@ -186,7 +227,7 @@ def tell_fig6(found: dict) -> str: # of `run_fig6`
     return (f"{len(found_jumps)} of {len(found['ceiling'])} images rise by 0.1 or more. In the median {statistics.median(found_jumps):.0%} of an image's rise happens between two neighbouring marks; "
             f"the mean goes from {mean[0]:.3f} to {mean[-1]:.3f}, {mean.diff().max()/(mean[-1] - mean[0]):.0%} of it between steps {found['marks'][i]} and {found['marks'][i + 1]}.")
 
-# %% ../nbs/14c_control.ipynb #c9389138
+# %% ../nbs/14c_control.ipynb #d8c1e3df
 @measured('12')
 def run_fig12(kit: Kit, run='runs/control/transformer-7-0', data=None, name='Transformer, N = 7', marks=MARKS, at=(0, 20, 60, 100, 200), shown=4, condition='edges', seed=101, **settings) -> dict:
     "Pictures of the teacher (14 steps, guided) under control at some of the marks of a run, after their condition."
@@ -202,7 +243,7 @@ def tell_fig12(found: dict) -> str: # of `run_fig12`
     "The fidelity of the pictures shown."
     return 'F-score of the pictures shown, by training step: ' + ', '.join(f"{c}: {s['fidelity']:.2f}" for c, s in zip(found['columns'][1:], found['scores'])) + '.'
 
-# %% ../nbs/14c_control.ipynb #ac7c6d30
+# %% ../nbs/14c_control.ipynb #5403e126
 @measured('control-cost')
 def run_control_cost(kit: Kit, copies=(1, 2, 4, 7, 13), batch=8, repeats=7) -> dict:
     "`controlnet.measure_cost` of the teacher's network: seconds with N copies beside the base's, and what the count predicts."

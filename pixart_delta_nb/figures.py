@@ -10,7 +10,8 @@ __all__ = ['FIGURES', 'PAGE', 'run_fig3', 'draw_fig3', 'tell_fig3', 'Figured', '
 import base64, contextlib, html, inspect, io, json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
-from .control import (draw_control_cost, draw_fig5, draw_fig6, run_control_cost, run_fig5, run_fig6, run_fig12, tell_control_cost, tell_fig5,
+from .control import (draw_control, draw_control_cost, draw_fig5, draw_fig6, run_control, run_control_cost, run_fig5, run_fig6, run_fig12, tell_control,
+                                   tell_control_cost, tell_fig5,
                                    tell_fig6, tell_fig12)
 from .core import PALETTE, load_metadata, provenance, require, use_style, write_atomic
 from .costs import draw_benchmarks, draw_table1, draw_table2, run_benchmarks, run_table1, run_table2, tell_benchmarks, tell_table1, tell_table2
@@ -74,6 +75,7 @@ FIGURES = {'2': Figured('fig2', 'Distilling with other ω (Fig. 2)', run_fig2, d
            'peers': Figured('peers', 'Quality against evaluations', run_peers, draw_peers, tell_peers, 64*(4*2*54 + 2*49 + 15)),
            'omega': Figured('omega', 'The teacher\'s best guidance', run_omega, draw_omega, tell_omega, 64*(14 + 5*28)),
            'attributes': Figured('attributes', 'Attributes by category, seen and unseen pairs', run_attributes, draw_attributes, tell_attributes, 256*(28 + 4)),
+           'control': Figured('control', 'What the shipped ControlNet does (Fig. 9–11)', run_control, draw_control, tell_control, 64*2*2*(28 + 4)*2),
            'control-cost': Figured('control-cost', 'What a copy costs', run_control_cost, draw_control_cost, tell_control_cost, 8*8*5*3),
            'benchmarks': Figured('benchmarks', 'Step and samplers against stock code', run_benchmarks, draw_benchmarks, tell_benchmarks, 6*8*24 + 6*4*2*(15 + 8 + 28))}
 

@@ -1,7 +1,7 @@
 """Ablation of the ControlNet: runs that resume, sentences that follow from numbers, figures from stored numbers alone."""
 import json
 import pytest, torch
-from pixart_delta_nb.control import (RUNS, control_data, control_snapshots, draw_control_cost, draw_fig5, draw_fig6, ends, held_out, jumps, obey, run_control_cost,
+from pixart_delta_nb.control import (RUNS, control_data, control_snapshots, draw_control, draw_control_cost, draw_fig5, draw_fig6, ends, held_out, jumps, obey, run_control, run_control_cost,
                                      run_fig5, run_fig6, run_fig12, run_folder, tell_control_cost, tell_fig5, tell_fig6)
 from pixart_delta_nb.results import tiny_kit
 
@@ -62,6 +62,15 @@ def test_figure_5_is_drawn_from_numbers_alone():
 def test_a_jump_is_told_from_a_ramp():
     ramp, step, flat = torch.linspace(0, 1, 5), torch.tensor([0., 0, 1, 1, 1]), torch.full((5,), .3)
     assert jumps({'values': torch.stack([ramp, step, flat], 1).tolist()}) == pytest.approx([.25, 1.])
+
+def test_the_floor_closes_no_gap_and_a_wider_tolerance_never_hurts(kit, tmp_path, monkeypatch):
+    from pixart_delta_nb import control
+    (_, net), = control_snapshots(kit.teacher, None, tmp_path/'run', (0,), num_copies=1)
+    control.save_controlnet(net, tmp_path/'controlnet', condition='edges')
+    monkeypatch.setattr(control, 'shipped', lambda name: tmp_path/name)
+    found = json.loads(json.dumps(run_control(kit, images=2)))
+    assert len(found['rows']) == 8 and {r['closed_1'] for r in found['rows'] if r['scale'] == 0} == {0.}
+    assert all(r['fidelity_1'] <= r['fidelity_2'] + 1e-6 for r in found['rows']) and len(draw_control(found).axes[0].get_yticklabels()) == 4
 
 def test_figure_6_keeps_values_and_pictures(kit, data, tmp_path):
     found = json.loads(json.dumps(run_fig6(kit, tmp_path, data, 'Transformer, N = 1', (0, 1), images=2, shown=1, batch=2)))
