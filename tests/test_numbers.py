@@ -10,6 +10,8 @@ SILENT = [r'```.*?```', r'`[^`]*`', r'(?<=\])\([^)]*\)', r'https?://\S+',       
           r'(?:§|\b(?:Python|torch|diffusers|CUDA|nbdev|Apache|License|version|Section|Table|Figure|Fig\.))[- ]?v?\d+(?:\.\d+)*']
 NUMBER = re.compile(r'(?<![\w.])(\d+\.\d+)(?![\w.]*\d)(\s?%)?')
 
+CURVES = ('values', 'curve')                                                       # long lists of stored figures, in which any number could be found
+
 
 def quoted(text: str) -> list:
     "Decimal numbers of prose and tables: (as written, decimals, whether in percent)."
@@ -22,7 +24,7 @@ def numbers(value):
     if isinstance(value, bool) or value is None: return
     if isinstance(value, (int, float)): yield float(value)
     elif isinstance(value, str): yield from (float(n) for n in re.findall(r'(?<![\w.])\d+\.\d+(?![\w.])', value))
-    elif isinstance(value, dict): yield from (n for v in value.values() for n in numbers(v))
+    elif isinstance(value, dict): yield from (n for k, v in value.items() if k not in CURVES for n in numbers(v))
     elif isinstance(value, list): yield from (n for v in value for n in numbers(v))
 
 
@@ -61,7 +63,7 @@ NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 MATHS = re.compile(r'\$\$.*?\$\$|\$[^$\n]*\$', re.S)
 IN_CODE = re.compile(r'(?<![\w.])(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?')
 GIVEN = {3.5, 4.5, 5.5, .00085, .012, 5.4, 4.7,   # the report's ω and s, LCM's β; billions of parameters of PixArt's parts and of T5-XXL's encoder
-         5.45, .85, 5.55, .75,                    # rounding of Table 2's V100 row; 0.75 % of the diagonal, usual in edge detection
+         5.45, .85, 5.55, .75, 1.36, 1.41,        # rounding of Table 2's V100 row; 0.75 % of the diagonal, usual in edge detection, that of 128 pixels, and √2
          43.8, 2.5, 97.5, 1.96, 4.303}            # quantiles: chi-squared with 19 degrees of freedom, percentiles, normal, t with 2
 
 
