@@ -268,11 +268,19 @@ def evaluate(teacher: Annotated[Optional[Path], typer.Option(help='Pipeline fold
 def precompute(source: Annotated[str, typer.Argument(help='Folder of captioned pictures, `datasets` folder or webdataset shards.')], out: Folder = Path('data/shards'),
                teacher: Annotated[Optional[Path], typer.Option(help='Pipeline folder; the shipped one if not given.')] = None,
                size: Annotated[int, typer.Option(help='Pixels, of a square of the bins\' area.')] = 128, batch: Annotated[int, typer.Option(help='Pictures at once.')] = 32,
+               measure: Annotated[bool, typer.Option('--measure', help='Write no shards: time them beside the autoencoder alone, into OUT/precompute.json.')] = False,
                device: Device = 'cpu'):
     "Encode a data set once, in checksummed shards; an interrupted run goes on where it stopped."
-    from pixart_delta_nb.shards import precompute_shards
+    import json, time
+    from pixart_delta_nb.core import provenance, write_atomic
+    from pixart_delta_nb.shards import measure_precompute, precompute_shards
     from pixart_delta_nb.teacher import load_pipeline
     check_writable(out)
+    if measure:
+        started, found = time.time(), measure_precompute(source, load_pipeline(teacher, device=device), size, batch)
+        found['provenance'] = provenance(f'pixart-delta precompute FOLDER --measure --size {size} --batch {batch}', {}, started)
+        write_atomic(out/'precompute.json', lambda p: p.write_text(json.dumps(found, indent=1)))
+        return typer.echo(f"{found['images_per_second']:.1f} images a second, the autoencoder alone {found['vae_images_per_second']:.1f}: {found['ratio']:.3f}")
     found = precompute_shards(source, load_pipeline(teacher, device=device), out, size=size, batch=batch)
     typer.echo(f"{out}: {found['images']} images, {found['bytes_per_image']:.0f} bytes an image, {found['images_per_second']:.1f} images a second, {len(found['skipped'])} skipped")
     for name, reason in found['skipped']: typer.echo(f'skipped {name}: {reason}', err=True)

@@ -176,3 +176,13 @@ def test_another_pipeline_draws(tmp_path):
 def test_another_pipeline_excludes_what_belongs_to_the_shipped_one(tmp_path, capsys):
     code, message = failed(['generate', 'a red cube', '--pipeline', str(tmp_path), '--teacher', '--out', str(tmp_path/'x.png')], capsys)
     assert code == 1 and '--pipeline excludes' in message
+
+
+def test_precomputation_is_timed_beside_the_autoencoder(tmp_path, capsys):
+    import json
+    (tmp_path/'in').mkdir()
+    for i in range(3): Image.new('RGB', (128, 128), (40*i, 0, 0)).save(tmp_path/f'in/{i}.png'); (tmp_path/f'in/{i}.txt').write_text('a red cube')
+    cli.main(['precompute', str(tmp_path/'in'), '--measure', '--out', str(tmp_path/'out')])
+    found = json.loads((tmp_path/'out/precompute.json').read_text())
+    assert found['images'] == 3 and found['ratio'] == pytest.approx(found['images_per_second']/found['vae_images_per_second'])
+    assert [p.name for p in (tmp_path/'out').iterdir()] == ['precompute.json']
