@@ -47,7 +47,7 @@ def sample_with(pipe, solver: str, captions, steps: int, guidance_scale=4.5, see
 
 # %% ../nbs/14b_peers.ipynb #30fd6c64
 @measured('peers')
-def run_peers(kit: Kit, images=64, calls=(1, 2, 4, 8, 14, 25), student_steps=(1, 2, 4, 8), solvers=tuple(SOLVERS), guidance_scale=4.5, seed=101) -> dict:
+def run_peers(kit: Kit, images=32, calls=(1, 2, 4, 8, 14, 25), student_steps=(1, 2, 4, 8), solvers=tuple(SOLVERS), guidance_scale=4.5, seed=101) -> dict:
     "Grades of the teacher by every solver at about `calls` guided calls, and of the student, with counted evaluations."
     paper, rows = exam(images, seed), []
     def add(name, network, steps, latents, pipe):
