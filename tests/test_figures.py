@@ -50,6 +50,13 @@ FOUND = {
 FOUND['3'] = figures.run_fig3(None)
 FOUND['attributes'] = {'tables': {name: {pairs: {row: .9 - .01*i - less for i, row in enumerate(ROWS)} | {'all': .9 - less, 'interval': [.88 - less, .92 - less], 'whole picture': .5}
                                          for pairs, less in (('seen', 0.), ('unseen', drop))} for name, drop in (('teacher 14', .01), ('student 4', .1))}}
+SCORES = [{'captions': told, 'method': m, 'fidelity': .7, 'accuracy': .9} for told in ('full', 'none') for m in ('student 4', 'teacher 14')]
+FOUND['5'] = {'rows': [{'run': f'{name}, N = 7', 'seed': s, 'final': SCORES} for name in ('Transformer', 'UNet') for s in (0, 1)], 'floor': SCORES, 'ceiling': {'fidelity': .9}}
+FOUND['6'] = {'values': [[.2, .3], [.3, .8], [.8, .8]], 'marks': [0, 10, 20], 'ceiling': [.9, .9], 'captions': ['', ''], 'columns': ['edges', '0', '20'], 'sheet': FOUND['7']['sheet']}
+FOUND['12'] = FOUND['7'] | {'columns': ['edges', '0', '20'], 'scores': [{'fidelity': .5}, {'fidelity': .8}]}
+FOUND['control'] = {'tolerances': [1], 'rows': [row(.8, method='student 4', captions=told, scale=s, fidelity_1=.5 + .3*s, interval_1=[.4 + .3*s, .6 + .3*s], closed_1=.8*s, ceiling_1=.9)
+                                               for told in ('full', 'none') for s in (0., 1.)]}
+FOUND['control-cost'] = {'rows': [{'num_copies': n, 'measured': 1 + .07*n, 'predicted': 1 + .08*n, 'parameters': n*10**6} for n in (1, 7)]}
 FOUND['8'] = FOUND['7'] | {'columns': ['0', '10', '20']}
 
 
@@ -197,7 +204,7 @@ def test_stock_pipeline_makes_the_same_pictures(kit):
 def test_index_names_files_once_and_refuses_others(kit, tmp_path):
     assert len({f.file for f in FIGURES.values()}) == len(FIGURES)
     assert figures.estimate('peers', kit) > figures.estimate('7', kit) > 0
-    with pytest.raises(ValueError, match='one of 2, 3, 7, 8'): figures.reproduce_figure('9', tmp_path)
+    with pytest.raises(ValueError, match='one of 2, 3, 5, 6, 7, 8'): figures.reproduce_figure('9', tmp_path)
 
 
 def test_reproduce_measures_once_and_again_from_scratch(kit, tmp_path, capsys):
