@@ -169,19 +169,21 @@ def draw_fig5(found: dict): # of `run_fig5`
         ax.axhline(found['ceiling']['fidelity'], color='k', lw=1, label='true renders')
         names = list(ends(found, told, method))
         ax.set_xticks(range(len(names)), [n.replace(', ', '\n') for n in names], fontsize=7); ax.set(title=title)
-    fig.axes[0].set_ylabel('F-score of the edges'); fig.axes[1].legend(fontsize=7)
+    fig.axes[0].set_ylabel('F-score of the edges'); fig.axes[1].legend(fontsize=7, loc='lower center', bbox_to_anchor=(.42, .12), ncols=2)
     return fig
 
 def tell_fig5(found: dict) -> str: # of `run_fig5`
-    "Transformer against UNet at equal copies over the seeds, and what more copies bring, without words."
-    values = ends(found, 'none', 'student 4')
-    means = {name: statistics.fmean(v) for name, v in values.items()}
-    text = f"Without words, the student with 4 steps: {_pick(found['floor'], 'none', 'student 4'):.3f} without control; " + ', '.join(f'{name}: {m:.3f}' for name, m in means.items()) + '. '
-    pair = [values.get(f'{w}, N = 7', []) for w in ('Transformer', 'UNet')]
-    if min(map(len, pair)) < 2: return text + 'One seed a wiring, so no comparison of wirings.'
-    (a, b), apart = pair, min(pair[0]) > max(pair[1]) or min(pair[1]) > max(pair[0])
-    ahead = 'Transformer' if statistics.fmean(a) > statistics.fmean(b) else 'UNet'
-    return text + (f"At 7 copies the {ahead} wiring is ahead in the mean of {len(a)} seeds; the seeds of the two " + ('do not overlap.' if apart else f'overlap ({min(a):.3f} to {max(a):.3f} and {min(b):.3f} to {max(b):.3f}), so this does not decide it.'))
+    "What more copies bring, and Transformer against UNet at equal copies over the seeds, without words."
+    text = []
+    for method in (f'{network} {steps}' for network, steps in ENDS):
+        values = ends(found, 'none', method)
+        text.append(f"{method} without words: {_pick(found['floor'], 'none', method):.3f} without control; " + ', '.join(f'{name}: {statistics.fmean(v):.3f}' for name, v in values.items()))
+        a, b = (values.get(f'{w}, N = 7', []) for w in ('Transformer', 'UNet'))
+        if min(len(a), len(b)) < 2: text.append('one seed a wiring, so no comparison of wirings'); continue
+        ahead, apart = 'Transformer' if statistics.fmean(a) > statistics.fmean(b) else 'UNet', min(a) > max(b) or min(b) > max(a)
+        text.append(f"at 7 copies the {ahead} wiring is ahead in the mean of {len(a)} seeds, and the seeds of the two " +
+                    ('do not overlap' if apart else f'overlap ({min(a):.3f} to {max(a):.3f} and {min(b):.3f} to {max(b):.3f}), which does not decide it'))
+    return '; '.join(text) + '.'
 
 # %% ../nbs/14c_control.ipynb #c9389138
 @measured('6')
@@ -210,12 +212,12 @@ def draw_fig6(found: dict): # of `run_fig6`
     fig = Figure(figsize=(9, 2.8 + .85*len(images)), layout='constrained')
     above, below = fig.subfigures(2, 1, height_ratios=[2.6, .85*len(images)])
     ax, v, marks = above.subplots(), torch.tensor(found['values']), found['marks']
-    for i in range(v.shape[1]): ax.plot(marks, v[:, i], color='.7', lw=.6)
-    ax.plot(marks, v.mean(1), color=PALETTE[0], marker='o', label='mean'); ax.axhline(statistics.fmean(found['ceiling']), color='k', lw=1, label='true renders')
+    for i in range(v.shape[1]): ax.plot(marks, v[:, i], color='.7', lw=.6, ls='-', marker='')
+    ax.plot(marks, v.mean(1), color=PALETTE[0], ls='-', marker='o', label='mean'); ax.axhline(statistics.fmean(found['ceiling']), color='k', lw=1, label='true renders')
     ax.set(xlabel='training step', ylabel='F-score'); ax.legend()
     axes = below.subplots(*images.shape[:2], squeeze=False)
     for row, pictures in zip(axes, images):
-        for a, picture in zip(row, pictures): a.imshow(picture.permute(1, 2, 0)); a.set(xticks=[], yticks=[]); a.grid(False)
+        for a, picture in zip(row, pictures): a.imshow(picture.permute(1, 2, 0)); a.set(xticks=[], yticks=[]); a.grid(False); a.spines[:].set_visible(False)
     for a, name in zip(axes[0], found['columns']): a.set_title(name, fontsize=8)
     return fig
 

@@ -42,9 +42,9 @@ def test_a_folder_of_another_run_is_refused(kit, tmp_path):
 def test_marks_that_a_run_lacks_are_refused(kit, tmp_path):
     with pytest.raises(ValueError, match='choose among these'): run_fig12(kit, tmp_path, None, marks=(0,), at=(5,))
 
-@pytest.mark.parametrize('transformer, unet, wanted', [((.8, .82, .81), (.6, .61, .62), 'Transformer wiring is ahead in the mean of 3 seeds; the seeds of the two do not overlap.'),
-    ((.6, .7), (.65, .8), 'UNet wiring is ahead in the mean of 2 seeds; the seeds of the two overlap'), ((.8,), (.7, .6), 'no comparison')])
-def test_wirings_are_compared_by_their_seeds(transformer, unet, wanted): assert wanted in tell_fig5(ablation(transformer, unet))
+@pytest.mark.parametrize('transformer, unet, wanted', [((.8, .82, .81), (.6, .61, .62), 'Transformer wiring is ahead in the mean of 3 seeds, and the seeds of the two do not overlap'),
+    ((.6, .7), (.65, .8), 'UNet wiring is ahead in the mean of 2 seeds, and the seeds of the two overlap'), ((.8,), (.7, .6), 'no comparison')])
+def test_wirings_are_compared_by_their_seeds(transformer, unet, wanted): assert wanted.lower() in tell_fig5(ablation(transformer, unet)).lower()
 
 def test_ends_pick_captions_and_method():
     found = ablation((.8, .7), (.6,))
