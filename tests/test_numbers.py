@@ -50,7 +50,16 @@ def measured() -> set:
         found = json.loads(path.read_text(encoding='utf-8'))
         pool |= set(numbers({k: v for k, v in found.items() if k not in ('provenance', 'sheet', 'sha256', 'schedules', 'intervals')} if isinstance(found, dict) else found))
         pool |= set(an_image(found))
-    return pool
+    return pool | {float(number) for text in computed() for number, _, _ in quoted(text)}
+
+
+def computed() -> list:
+    "The sentences and table cells that the package computes from the stored numbers, intervals and means among them."
+    from pixart_delta_nb.figures import FIGURES
+    from pixart_delta_nb.results import rows_of
+    read = lambda path: json.loads(path.read_text(encoding='utf-8'))
+    told = [entry.tell(read(path)) for entry in FIGURES.values() if (path := ROOT/f'results/{entry.file}.json').is_file()]
+    return told + [cell for name in ('reproduce', 'evaluate') for row in rows_of(read(ROOT/f'results/{name}/results.json'))[1] for cell in row]
 
 
 def test_readme_quotes_measured_numbers_only():
