@@ -215,7 +215,8 @@ class Checkpoint:
         tensors, states = {}, {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict() for k, v in state.items()}
         text = json.dumps(pack({'state': states, 'rng': rng_states(), 'scalars': scalars}, tensors))
         if rank(): return
-        for left in self.path.parent.glob(f'.{self.new.stem}.*'): left.unlink()              # of a run that was killed while writing
+        for pattern in (f'.{self.new.stem}.*', '.tmp??????'):                                  # of a run that was killed while writing; the second is safetensors' own
+            for left in self.path.parent.glob(pattern): left.unlink()
         save_tensors(self.new, tensors, {'json': text, 'sha256': digest(tensors, text)})
         if self.path.is_file() and not self.damaged: os.replace(self.path, self.previous)
         os.replace(self.new, self.path)

@@ -333,3 +333,9 @@ def test_killed_at_twenty_random_moments_ends_bit_for_bit_the_same(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found == {'killed': 20, 'wrong': []}
+
+
+def test_what_a_kill_left_half_written_is_cleared_by_the_next_checkpoint(tmp_path):
+    for name in ('.checkpoint.new.1a2b', '.tmpKhLRgs'): (tmp_path/name).write_bytes(b'half')
+    training.Checkpoint(tmp_path/'checkpoint.safetensors').save({}, step=1)
+    assert [p.name for p in tmp_path.iterdir()] == ['checkpoint.safetensors']
