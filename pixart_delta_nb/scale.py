@@ -161,9 +161,9 @@ def distill_many(pipeline, latents, out, steps=5000, recompute=False, **options)
     teacher = copy.deepcopy(student)
     if accelerator.mixed_precision == 'bf16': teacher.bfloat16()
     student, _, _ = lcd_train(teacher, data, pipe.alpha_bar, out, steps, student=student, **options)
-    pipe.transformer = student.plain().cpu()
     facts = {'omega': options.get('omega', 3.5), 'steps': steps, 'processes': accelerator.num_processes}
-    finish_many(accelerator, lambda: save_pipeline(pipe, Path(out)/'pipeline', distilled=facts | options))
+    pipe.transformer, pipe.config = student.plain().cpu(), {**pipe.config, 'omega': facts['omega']}   # a student says its ω, as in `distill`
+    finish_many(accelerator, lambda: save_pipeline(pipe, Path(out)/'pipeline', **facts | options))
     return pipe
 
 def lora_many(pipeline, latents, out, steps=1000, rank=32, alpha=8., recompute=False, **options):

@@ -251,3 +251,9 @@ def test_a_controlnet_from_folder_to_folder(workplace):
     control_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'control.safetensors', workplace/'out', 2, 1, batch=2, progress=False)
     saved = load_controlnet(workplace/'out/controlnet', load_pipeline(workplace/'teacher').transformer)
     assert saved.adapter.controlnet_blocks[0].after_proj.weight.abs().max() > 0
+
+
+def test_a_folder_distilled_by_many_is_known_as_a_student(workplace):
+    from pixart_delta_nb.sampling import fixed_omega
+    pipe = distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, batch_size=2, omega=2., progress=False)
+    assert fixed_omega(pipe) == fixed_omega(load_pipeline(workplace/'out/pipeline')) == 2
