@@ -22,6 +22,7 @@ from .schedules import add_noise, at
 from .scenes import make
 from .solvers import ddim_step, skip_grid
 from .teacher import BETAS, null_caption
+from .training import adamw
 
 # %% ../nbs/14e_costs.ipynb #72554cd7
 REPORT_SETTINGS = [{'model': 'PixArt-δ', 'pairs': '120K', 'pixels': 1024, 'batch': '12×32', 'memory': '~32 GB'},
@@ -61,11 +62,11 @@ def run_table1(kit: Kit, data=None, batch=None) -> dict:
     card = {**(kit.teacher.config.get('card') or {}), **(kit.student.config.get('student_card') or {})}
     batch, teacher = batch or card.get('batch', 24), kit.teacher.transformer
     student, target = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
-    adamw, rows = torch.optim.AdamW(student.parameters(), 1e-5), _rows(data or training_data(kit.teacher, 64), batch, next(teacher.parameters()).device)
+    optimiser, rows = adamw(student.parameters(), 1e-5), _rows(data or training_data(kit.teacher, 64), batch, next(teacher.parameters()).device)
     with peak_memory() as memory:
         for _ in range(2):                                                      # AdamW's moments exist from the second step on
             lcd_step(student, target, teacher, rows, kit.teacher.alpha_bar, generator=torch.Generator().manual_seed(0)).backward()
-            adamw.step(); adamw.zero_grad()
+            optimiser.step(); optimiser.zero_grad()
     ours = {'model': 'here', 'pairs': card.get('pairs', card.get('scenes', 'not in the card')), 'pixels': teacher.config.sample_size*8, 'batch': batch, 'memory': f"{memory['peak']/2**30:.2f} GB"}
     return {'rows': REPORT_SETTINGS + [ours], 'memory': memory, 'card': {k: v for k, v in card.items() if k != 'sha256'},
             'parameters': sum(p.numel() for p in teacher.parameters()), 'seeds': {'noise': 0}}

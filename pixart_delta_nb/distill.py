@@ -16,7 +16,7 @@ from .consistency import consistency_function, guide
 from .core import load_tensors, require
 from .schedules import add_noise, at
 from .solvers import ddim_step, skip_grid
-from .training import EMA, early_decay, train
+from .training import EMA, adamw, early_decay, train
 
 # %% ../nbs/08_distill.ipynb #19ff10da
 def _float(x): return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -185,6 +185,7 @@ def lcd_train(
     resume: bool = False, # continue where `out` holds a checkpoint
     student=None, # network to start from instead of a copy
     average: float = 0., # decay of a slow average of θ that is returned in its place; 0 for none
+    eight_bit: bool = False, # AdamW's moments in 8 bits
     **engine # log, until, log_every, save_every, progress, schedule of `training.train`
 ) -> tuple: # student (or its average), target, records of the loss
     """Algorithm 1 around `lcd_step`; stops and resumes bit for bit (report §3.3 for the defaults).
@@ -196,15 +197,15 @@ def lcd_train(
     teacher = teacher.eval().requires_grad_(False)
     student = (copy.deepcopy(teacher) if student is None else student).requires_grad_(True)
     ema, generator = EMA(student), torch.Generator().manual_seed(seed)
-    adamw = torch.optim.AdamW(student.parameters(), lr, eps=1e-10, weight_decay=0)
+    optimiser = adamw(student.parameters(), lr, eight_bit, eps=1e-10)
     device = next(student.parameters()).device
     def step_fn(step, steps):
         batch = Batch(*(v if v is None else v.to(device) for v in draw_batch(data, batch_size, generator)))
         w = omega if isinstance(omega, (int, float)) else torch.empty(batch_size).uniform_(*omega, generator=generator)   # (B,)
         return lcd_step(student, ema.module, teacher, batch, alpha_bar, w, k, generator)
-    config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, mu=mu, seed=seed, warmup=warmup, clip=clip, average=average)
+    config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, mu=mu, seed=seed, warmup=warmup, clip=clip, average=average, eight_bit=eight_bit)
     engine.setdefault('schedule', lambda step, steps: min(1., (step + 1)/max(warmup, 1)))
-    state = {'student': student, 'target': ema, 'adamw': adamw, 'generator': generator} | ({'average': EMA(student)} if average else {})
+    state = {'student': student, 'target': ema, 'adamw': optimiser, 'generator': generator} | ({'average': EMA(student)} if average else {})
     def after(step, steps):
         ema.update(student, mu)
         if average: state['average'].update(student, early_decay(average, step))
@@ -232,7 +233,7 @@ def distill(
     mu: float = 0.95, # EMA decay of the target
     resume: bool = False, # continue where `out` holds a checkpoint
     device: str = 'cpu', # where the networks run
-    **options # batch_size, seed, warmup, clip, average and the engine's, see `lcd_train`
+    **options # batch_size, seed, warmup, clip, average, eight_bit and the engine's, see `lcd_train`
 ): # the pipeline with the student in the teacher's place
     "Distil a teacher's folder into a student's folder (Algorithm 1, report §3.3); `ValueError` for a range of ω."
     require(isinstance(omega, (int, float)), f'omega={omega} must be one number, since the card of a folder names one; pass for example 3.5.')

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from .core import load_tensors, require, save_tensors, write_atomic
 from .distill import Batch, draw_batch, lcd_step, load_latents
-from .training import EMA, train
+from .training import EMA, adamw, train
 from .transformer import read_json
 
 # %% ../nbs/10_lora.ipynb #10a0000f
@@ -268,6 +268,7 @@ def lora_train(
     seed: int = 0, # of batches, n and noise
     warmup: int = 100, # steps of linear warm-up
     clip: float = 0.01, # gradient norm, 0 for none
+    eight_bit: bool = False, # AdamW's moments in 8 bits
     resume: bool = False, # continue where `out` holds a checkpoint
     **engine # log, until, log_every, save_every, progress, schedule of `training.train`
 ) -> list: # records of the loss; the adapter of `model` is trained in place
@@ -277,14 +278,14 @@ def lora_train(
     require(0 <= mu <= 1, f'mu={mu} must lie between 0 and 1, as it weighs the past of the target; pass 0.95.')
     require(len(data.z) == len(data.caption) > 0, f'{len(data.z)} latents and {len(data.caption)} captions were given; D_z needs one caption a latent.')
     parameters, adapter, generator = lora_parameters(model.eval()), adapter_of(model), torch.Generator().manual_seed(seed)
-    adamw, ema = torch.optim.AdamW(parameters, lr, eps=1e-10, weight_decay=0), EMA(adapter) if mu else None
+    optimiser, ema = adamw(parameters, lr, eight_bit, eps=1e-10), EMA(adapter) if mu else None
     networks, device = one_model(model, ema), parameters[0].device
     def step_fn(step, steps):
         batch = Batch(*(v if v is None else v.to(device) for v in draw_batch(data, batch_size, generator)))
         return lcd_step(*networks, batch, alpha_bar, omega, k, generator)
-    config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, mu=mu, seed=seed, warmup=warmup, clip=clip, **model.lora_settings)
+    config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, mu=mu, seed=seed, warmup=warmup, clip=clip, eight_bit=eight_bit, **model.lora_settings)
     engine.setdefault('schedule', lambda step, steps: min(1., (step + 1)/max(warmup, 1)))
-    state = {'adapter': adapter, 'adamw': adamw, 'generator': generator} | ({'target': ema} if mu else {})
+    state = {'adapter': adapter, 'adamw': optimiser, 'generator': generator} | ({'target': ema} if mu else {})
     after = (lambda step, steps: ema.update(adapter, mu)) if mu else None
     return train(step_fn, state, steps, out, resume, clip=clip, after=after, config=config, **engine)
 
@@ -302,7 +303,7 @@ def distill_lora(
     mu: float = 0., # EMA decay of the target; 0 for the stop-gradient student
     resume: bool = False, # continue where `out` holds a checkpoint
     device: str = 'cpu', # where the network runs
-    **options # batch_size, seed, warmup, clip and the engine's, see `lora_train`
+    **options # batch_size, seed, warmup, clip, eight_bit and the engine's, see `lora_train`
 ) -> list: # records of the loss
     "Distil a teacher's folder into an adapter (report §3.3)."
     from pixart_delta_nb.teacher import load_pipeline, save_card

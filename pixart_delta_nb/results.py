@@ -82,7 +82,7 @@ def time_parts(teacher, student, method, captions):
     pipe = student if method.network == 'student' else teacher
     with watched(text=pipe.text_encoder, transformer=pipe.transformer, decode=pipe.vae.decoder) as found:
         start = clock()
-        decode(pipe, sample(teacher, student, method, captions, list(range(len(captions))), batch_size=len(captions)), len(captions))
+        decode(pipe, sample(teacher, student, method, captions, list(range(len(captions))), batch_size=len(captions)))
         whole = clock() - start
     parts = {name: f['seconds'] for name, f in found.items()}
     return {'whole': whole, **parts, 'overhead': whole - sum(parts.values()), 'evaluations': found['transformer']['rows']/len(captions)}

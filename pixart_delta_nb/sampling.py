@@ -211,7 +211,7 @@ def sample_student(
 def decode(
     pipe: Pipeline, # its autoencoder is used
     latents: Tensor, # (B, C, h, w) scaled latents, as the samplers return them
-    batch_size: int = 32 # images at once
+    batch_size: int = 4 # images at once; more do not fit a processor's cache
 ) -> Tensor: # (B, 3, H, W) float32 in [0, 1], on the device of the autoencoder
     "Images of latents; `ValueError` on a wrong shape or on values that are not finite."
     channels, weight = pipe.vae.config.latent_channels, next(pipe.vae.parameters())

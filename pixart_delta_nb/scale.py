@@ -205,14 +205,14 @@ def main(arguments=None):
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     @app.command()
     def distill(pipeline: str, latents: Path, out: Path, steps: int = 5000, batch_size: int = 24, lr: float = 2e-5, omega: float = 3.5,
-                accumulate: int = 1, recompute: bool = False, resume: bool = False):
+                accumulate: int = 1, recompute: bool = False, eight_bit: bool = False, resume: bool = False):
         "Distil the teacher of PIPELINE on LATENTS into OUT/pipeline."
-        distill_many(pipeline, latents, out, steps, recompute, batch_size=batch_size, lr=lr, omega=omega, accumulate=accumulate, resume=resume)
+        distill_many(pipeline, latents, out, steps, recompute, batch_size=batch_size, lr=lr, omega=omega, accumulate=accumulate, eight_bit=eight_bit, resume=resume)
     @app.command()
     def lora(pipeline: str, latents: Path, out: Path, steps: int = 1000, rank: int = 32, batch_size: int = 16, lr: float = 1e-4, omega: float = 3.5,
-             accumulate: int = 1, recompute: bool = False, resume: bool = False):
+             accumulate: int = 1, recompute: bool = False, eight_bit: bool = False, resume: bool = False):
         "Distil the teacher of PIPELINE on LATENTS into an adapter, OUT/lora."
-        lora_many(pipeline, latents, out, steps, rank, recompute=recompute, batch_size=batch_size, lr=lr, omega=omega, accumulate=accumulate, resume=resume)
+        lora_many(pipeline, latents, out, steps, rank, recompute=recompute, batch_size=batch_size, lr=lr, omega=omega, accumulate=accumulate, eight_bit=eight_bit, resume=resume)
     @app.command()
     def teach(pipeline: str, latents: Path, out: Path, steps: int = 20000, batch: int = 96, accumulate: int = 1, recompute: bool = False, resume: bool = False):
         "Train the teacher of PIPELINE further on LATENTS into OUT/pipeline."

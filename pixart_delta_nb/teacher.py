@@ -232,7 +232,7 @@ def save_pipeline(pipe, folder, dtype=torch.float32, **facts):
     import diffusers
     folder, betas = Path(folder), pipe.config.get('betas', BETAS)
     for name in ('model_index.json', 'card.json'): (folder/name).unlink(missing_ok=True)
-    pipe.vae.register_to_config(scaling_factor=pipe.scaling_factor)
+    pipe.vae.register_to_config(scaling_factor=pipe.scaling_factor, _name_or_path='')      # diffusers would write the folder it came from
     with no_bars():
         for name in ('vae', 'text_encoder'):
             part = copy.deepcopy(getattr(pipe, name)).cpu().to(memory_format=torch.contiguous_format)

@@ -93,7 +93,7 @@ def exact_map(
 
 # %% ../nbs/04_toy.ipynb #5de3c83f
 class ToyNet(nn.Module):
-    "Noise prediction for points in the plane, equation (2); `ValueError` for a table that does not decrease and a width that is not positive."
+    "Noise prediction for points in the plane, equation (2); `ValueError` for a table that does not decrease, a width that is not positive and a label beyond the null label."
     def __init__(self,
         classes: int, # number of classes, without the null label
         alpha_bar: Tensor, # (T,) table of ᾱ that the network is trained with
@@ -114,6 +114,7 @@ class ToyNet(nn.Module):
         y, u = x/scale, log_snr(ab)
         waves = [f(y*w) for w in (1.5, 3.) for f in (torch.sin, torch.cos)]                      # 4 of (B, 2)
         waves += [f(u*math.pi/22*2**j) for j in range(4) for f in (torch.sin, torch.cos)]        # 8 of (B, 1)
+        require(bool(((label >= 0) & (label < self.labels)).all()), f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{self.labels - 1}, where {self.labels - 1} is the null label.')
         words = nn.functional.one_hot(label, self.labels).to(x)
         left = self.body(torch.cat([y, u/8, *waves, words], 1))
         return gaussian_eps(x, ab, self.data_std) - ab.sqrt()*self.data_std/scale*left           # (B, 2)

@@ -50,6 +50,11 @@ def test_notebook_names_no_folder_of_a_machine(path):
     assert not re.findall(r'/(?:tmp|root|home)/|site-packages|Traceback', path.read_text())
 
 
+@pytest.mark.parametrize('path', sorted(WEIGHTS.rglob('*.json')), ids=lambda p: f'{p.parent.name}-{p.stem}')
+def test_weights_name_no_folder_of_a_machine(path):
+    assert not re.findall(r'"/[\w.-]+/[\w./-]+"', path.read_text())
+
+
 def test_weights_are_safetensors_within_the_limit():
     files = [p for p in WEIGHTS.rglob('*') if p.is_file()]
     assert {p.suffix for p in files} <= {'.safetensors', '.json', '.md'}

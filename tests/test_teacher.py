@@ -110,6 +110,11 @@ def test_round_trip(pipe, saved, inputs):
     assert again.scaling_factor == .7 and torch.equal(encode_captions(again.tokenizer, again.text_encoder, CAPTIONS[:2])[0], inputs[2])
 
 
+def test_a_pipeline_saved_again_names_no_folder(saved, tmp_path):
+    save_pipeline(load_pipeline(saved), tmp_path)
+    assert not [p.name for p in tmp_path.rglob('*.json') if str(saved) in p.read_text()]
+
+
 def test_stock_diffusers_samples_the_same_latents(pipe, saved, inputs):
     from diffusers import PixArtAlphaPipeline
     x, _, _, _, null, null_mask = inputs

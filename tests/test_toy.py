@@ -220,6 +220,7 @@ def test_exact_eps_of_mixed_labels_is_that_of_each_captions_own_mixture(points):
 
 @pytest.mark.parametrize('call, match', [
     (lambda: draw(RING, 0, seeded(0)), 'count is 0'), (lambda: ToyNet(4, 1 - ALPHA_BAR, .7), 'must decrease'), (lambda: ToyNet(4, ALPHA_BAR, 0.), 'data_std is 0.0'),
+    (lambda: ToyNet(4, ALPHA_BAR, .7)(torch.zeros(2, 2), torch.tensor([5, 5]), torch.tensor([0, 5])), 'label spans'),
     (lambda: exact_map(torch.zeros(2, 2), 5.5, torch.zeros(2).long(), RING, ALPHA_BAR), 't is 5.5'), (lambda: Recipe(lr=-1.), 'lr=-1.0')])
 def test_bad_worlds_and_networks_are_refused(call, match):
     with pytest.raises(ValueError, match=match): call()

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from pixart_delta_nb import core, training
-from pixart_delta_nb.training import EMA, Checkpoint, Muon, early_decay, optimisers, orthogonalise, pack, read_checkpoint, tensorboard_log, train, unpack, warm_constant_decay
+from pixart_delta_nb.training import EMA, Checkpoint, Muon, adamw, early_decay, optimisers, orthogonalise, pack, read_checkpoint, tensorboard_log, train, unpack, warm_constant_decay
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,40 @@ def test_muon_equals_torch_within_bfloat16():
 
 def test_muon_refuses_vectors():
     with pytest.raises(ValueError, match='AdamW'): Muon([nn.Parameter(torch.zeros(3))])
+
+
+def test_fused_adamw_equals_the_plain_loop():
+    ends = []
+    for make in (lambda p: adamw([{'params': p, 'lr': .02}], .5, betas=(.8, .9), eps=1e-6), lambda p: torch.optim.AdamW(p, .02, betas=(.8, .9), eps=1e-6, weight_decay=0., foreach=False)):
+        p, g = nn.Parameter(torch.ones(6, 4)), torch.Generator().manual_seed(1)
+        opt = make([p])
+        for _ in range(5):
+            p.grad = torch.randn(p.shape, generator=g)
+            opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
+
+
+def test_moments_in_8_bits_take_a_byte_each_and_resume_bit_for_bit(tmp_path):
+    pytest.importorskip('bitsandbytes')
+    def go(out, **options):
+        torch.manual_seed(0)
+        net, generator = nn.Linear(64, 64), torch.Generator().manual_seed(0)
+        state = {'net': net, 'adamw': adamw(net.parameters(), 1e-2, eight_bit=True), 'generator': generator}
+        train(lambda step, steps: (net(x := torch.randn(4, 64, generator=generator)) - x.flip(1)).square().mean(), state, 6, tmp_path/out, progress=False, **options)
+        return net, state['adamw']
+    (whole, opt), _ = go('whole'), go('parts', until=3)
+    parts, _ = go('parts', resume=True)
+    assert {opt.state[whole.weight][k].dtype for k in ('state1', 'state2')} == {torch.uint8}
+    assert torch.equal(whole.weight, parts.weight) and torch.equal(whole.bias, parts.bias)
+
+
+def test_moments_in_8_bits_are_refused_where_they_cannot_be(monkeypatch):
+    cut = nn.Parameter(torch.zeros(2, 2)); cut.placements = ()
+    monkeypatch.setattr(training, 'find_spec', lambda name: True)
+    with pytest.raises(ValueError, match='ddp.yaml'): adamw([{'params': [cut]}], .1, eight_bit=True)
+    monkeypatch.setattr(training, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='pip install bitsandbytes'): adamw([nn.Parameter(torch.zeros(2))], .1, eight_bit=True)
 
 
 def test_muon_skips_parameters_without_gradient():
