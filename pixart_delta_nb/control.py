@@ -9,20 +9,19 @@ __all__ = ['RUNS', 'SEEDS', 'MARKS', 'TRAINING', 'ENDS', 'control_data', 'contro
            'draw_control_cost', 'tell_control_cost']
 
 # %% ../nbs/14c_control.ipynb #9257f3c4
-import copy, itertools, json, statistics
+import copy, functools, itertools, statistics
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from .conditions import closed_gap, fidelity, truth
-from .controlnet import CAPTIONS, ControlNetTransformer, load_controlnet, measure_cost, precompute_control, sample_controlled, save_controlnet, train_controlnet
-from .core import PALETTE, require, use_style, write_atomic
-from .metrics import attribute_accuracy, bootstrap_interval
+from .controlnet import CAPTIONS, ControlNetTransformer, load_controlnet, mean_fidelity, measure_cost, precompute_control, sample_controlled, save_controlnet, train_controlnet
+from .core import PALETTE, require, use_style
+from .metrics import attribute_accuracy
 from .peers import draw_strip_of, pack_images, unpack_images
-from .results import Kit, exam, grade, measured
+from .results import Kit, exam, grade, measured, scene_data, walk
 from .sampling import sample_student, sample_teacher
-from .scenes import attributes, make, render, render_many
-from .teacher import precompute, shipped
-from .transformer import read_json
+from .scenes import attributes, make, render
+from .teacher import shipped
 
 # %% ../nbs/14c_control.ipynb #1ba820f2
 RUNS = {f'Transformer, N = {n}': {'num_copies': n} for n in (1, 2, 4, 7, 13)} | {'UNet, N = 7': {'num_copies': 7, 'wiring': 'unet'}}
@@ -32,10 +31,8 @@ TRAINING = {'batch': 16, 'lr': 1e-3}                                            
 
 def control_data(pipe, condition='edges', count=4096, seed=0, batch=256) -> dict: # of `train_controlnet`
     "Latents, captions and control of scenes 0 … count-1 of data set `seed`, made with the pipeline's own encoders."
-    captions = [make(seed, i)[1] for i in range(count)]
-    data = precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, render_many(seed, count, 2 if count > 100 else 1, progress=False), captions, scaling_factor=pipe.scaling_factor)
     pictures = lambda start: torch.stack([truth(make(seed, i)[0], condition) for i in range(start, min(start + batch, count))])
-    return data | {'control': torch.cat([precompute_control(pipe.vae, pictures(s), pipe.scaling_factor) for s in range(0, count, batch)])}
+    return scene_data(pipe, count, seed) | {'control': torch.cat([precompute_control(pipe.vae, pictures(s), pipe.scaling_factor) for s in range(0, count, batch)])}
 
 # %% ../nbs/14c_control.ipynb #9f5ac947
 def control_snapshots(pipe, data: dict | None, out, marks=MARKS, condition='edges', **settings):
@@ -43,19 +40,13 @@ def control_snapshots(pipe, data: dict | None, out, marks=MARKS, condition='edge
 
     data: of `control_data`; None makes it when a mark has to be trained for. out: folder of checkpoint and adapters. settings: of
     `train_controlnet`. Raises `ValueError` where `out` holds a run with other settings."""
-    out, settings = Path(out), TRAINING | settings
-    note = json.loads(json.dumps({'steps': max(marks), 'condition': condition, **settings}))
-    if (out/'run.json').is_file(): require(read_json(out/'run.json') == note, f'{out} holds a run with other settings; a run keeps its settings, so choose another folder or remove it.')
-    write_atomic(out/'run.json', lambda path: path.write_text(json.dumps(note)))
-    for mark in sorted(marks):
-        folder, base = out/f'{mark:06d}', copy.deepcopy(pipe.transformer)
-        if not (folder/'config.json').is_file():                                # written last
-            if mark:
-                data = data or control_data(pipe, condition)
-                net = train_controlnet(base, data, out, max(marks), until=mark, resume=True, progress=False, **settings)
-            else: net = ControlNetTransformer(base, **{k: settings[k] for k in ('num_copies', 'entry', 'wiring') if k in settings})
-            save_controlnet(net, folder, torch.float32, condition=condition, steps=mark, seed=settings.get('seed', 0))
-        yield mark, load_controlnet(folder, pipe.transformer)
+    settings, rows = TRAINING | settings, functools.cache(lambda: data or control_data(pipe, condition))
+    def train_to(mark, folder):
+        base = copy.deepcopy(pipe.transformer)
+        if mark: net = train_controlnet(base, rows(), out, max(marks), until=mark, resume=True, progress=False, **settings)
+        else: net = ControlNetTransformer(base, **{k: settings[k] for k in ('num_copies', 'entry', 'wiring') if k in settings})
+        save_controlnet(net, folder, torch.float32, condition=condition, steps=mark, seed=settings.get('seed', 0))
+    yield from walk(out, marks, {'condition': condition, **settings}, train_to, lambda folder: load_controlnet(folder, pipe.transformer))
 
 def run_folder(run, name: str, seed: int) -> Path: # run: folder of all runs; name: of `RUNS`
     "Where a run lives."
@@ -78,9 +69,6 @@ def obey(kit: Kit, net: ControlNetTransformer, paper: dict, told='full', network
     pipe, sampler = (kit.student, sample_student) if network == 'student' else (kit.teacher, sample_teacher)
     return sample_controlled(pipe, net, [CAPTIONS[told](c) for c in paper['captions']], paper['given'], sampler, steps=steps, **options).cpu()
 
-def _summary(values): # (N,)
-    return {'fidelity': values.mean().item(), 'interval': bootstrap_interval(values, torch.ones_like(values))}
-
 # %% ../nbs/14c_control.ipynb #94c9e45c
 @measured('control')
 def run_control(kit: Kit, images=64, condition='edges', seed=101, tolerances=(1, 2)) -> dict:
@@ -93,7 +81,7 @@ def run_control(kit: Kit, images=64, condition='edges', seed=101, tolerances=(1,
             row = {'method': f'{network} {steps}', 'captions': told, 'scale': scale}
             for t in tolerances:
                 floor, ceiling, own = (fidelity(scenes['given'], x, condition, tolerance=t) for x in (fakes[0], ceilings, fake))
-                row |= {f'{k}_{t}': v for k, v in (_summary(own) | {'closed': closed_gap(own, floor, ceiling), 'ceiling': ceiling.mean().item()}).items()}
+                row |= {f'{k}_{t}': v for k, v in (mean_fidelity(own) | {'closed': closed_gap(own, floor, ceiling), 'ceiling': ceiling.mean().item()}).items()}
             rows.append(row | grade(kit, fake, paper))
     return {'images': images, 'condition': condition, 'tolerances': list(tolerances), 'rows': rows, 'seeds': {'scenes': seed, 'renders': seed + 1}}
 
@@ -127,7 +115,7 @@ def examine(kit: Kit, net: ControlNetTransformer, paper: dict) -> list: # of dic
     found = []
     for told, (network, steps) in itertools.product(CAPTIONS, ENDS):
         fake = obey(kit, net, paper, told, network, steps)
-        found.append({'captions': told, 'method': f'{network} {steps}', **_summary(fidelity(paper['given'], fake, paper['condition'])),
+        found.append({'captions': told, 'method': f'{network} {steps}', **mean_fidelity(fidelity(paper['given'], fake, paper['condition'])),
                       'accuracy': attribute_accuracy(kit.judge, fake, paper['labels'])['overall']})
     return found
 
@@ -141,9 +129,9 @@ def run_fig5(kit: Kit, run='runs/control', data=None, runs=tuple(RUNS), seeds=SE
         curve = []
         for mark, net in control_snapshots(kit.teacher, data, run_folder(run, name, s), marks, condition, seed=s, **RUNS[name], **settings):
             if mark == 0: floor = floor or examine(kit, net, paper)             # before training every run is the base
-            curve.append({'step': mark} | {told: _summary(fidelity(paper['given'], obey(kit, net, paper, told), condition)) for told in CAPTIONS})
+            curve.append({'step': mark} | {told: mean_fidelity(fidelity(paper['given'], obey(kit, net, paper, told), condition)) for told in CAPTIONS})
         rows.append({'run': name, 'seed': s, **RUNS[name], 'curve': curve, 'final': examine(kit, net, paper)})
-    return {'images': images, 'settings': TRAINING | settings, 'ceiling': _summary(paper['ceiling']), 'floor': floor, 'rows': rows,
+    return {'images': images, 'settings': TRAINING | settings, 'ceiling': mean_fidelity(paper['ceiling']), 'floor': floor, 'rows': rows,
             'seeds': {'scenes': seed, 'runs': {n: list(s) for n, s in seeds.items()}}}
 
 def _pick(scores, told, method, key='fidelity'):
@@ -237,7 +225,7 @@ def run_fig12(kit: Kit, run='runs/control/transformer-7-0', data=None, name='Tra
     paper, columns = held_out(shown, condition, seed), []
     for mark, net in control_snapshots(kit.teacher, data, run, marks, condition, seed=0, **RUNS[name], **settings):
         if mark in at: columns.append(obey(kit, net, paper, 'full', 'teacher', 14))
-    scores = [_summary(fidelity(paper['given'], c, condition)) for c in columns]
+    scores = [mean_fidelity(fidelity(paper['given'], c, condition)) for c in columns]
     return {'run': name, 'captions': paper['captions'], 'columns': [condition, *map(str, at)], 'scores': scores,
             'sheet': pack_images(torch.stack([paper['given']/2 + .5, *columns], 1)), 'seeds': {'scenes': seed, 'run': 0}}
 

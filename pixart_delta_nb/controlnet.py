@@ -6,7 +6,7 @@
 __all__ = ['ENTRIES', 'WIRINGS', 'RENAMED', 'CAPTIONS', 'ControlBlock', 'ControlAdapter', 'check_wiring', 'ControlNetTransformer',
            'check_control', 'check_base', 'Controlled', 'precompute_control', 'sample_controlled', 'train_controlnet',
            'check_data', 'save_controlnet', 'load_controlnet', 'convert_released', 'adapter_parameters',
-           'adapter_flops', 'example_inputs', 'base_flops', 'measure_cost', 'measure_control']
+           'adapter_flops', 'example_inputs', 'base_flops', 'measure_cost', 'measure_control', 'mean_fidelity']
 
 # %% ../nbs/11_controlnet.ipynb #0addd80c
 import copy, json, math, statistics
@@ -392,10 +392,12 @@ def measure_control(
         fake = sample_controlled(pipe, net, [CAPTIONS[told](c) for _, c, _ in scenes], given, sampler, scale, batch_size=batch_size, steps=steps).cpu()
         found = fidelity(given, fake, condition, **options)                              # (B,)
         if scale == 0: floor = found
-        table.append({'method': f'{network} {steps}', 'network': network, 'steps': steps, 'captions': told, 'scale': scale, **_mean(found),
+        table.append({'method': f'{network} {steps}', 'network': network, 'steps': steps, 'captions': told, 'scale': scale, **mean_fidelity(found),
                       'closed': closed_gap(found, floor, ceiling), 'accuracy': attribute_accuracy(evaluator, fake, labels)})
-    return {'condition': condition, 'images': images, 'caption_seed': seed, 'options': options, 'ceiling': _mean(ceiling), 'scores': table}
+    return {'condition': condition, 'images': images, 'caption_seed': seed, 'options': options, 'ceiling': mean_fidelity(ceiling), 'scores': table}
 
-def _mean(values): # (B,)
+def mean_fidelity(
+    values: Tensor, # (B,) scores of `conditions.fidelity`
+) -> dict: # fidelity and interval
     "Mean over images with its bootstrap interval."
     return {'fidelity': values.mean().item(), 'interval': bootstrap_interval(values, torch.ones_like(values))}

@@ -15,7 +15,7 @@ from .control import (draw_control, draw_control_cost, draw_fig5, draw_fig6, run
                                    tell_fig6, tell_fig12)
 from .core import PALETTE, load_metadata, provenance, require, use_style, write_atomic
 from .costs import draw_benchmarks, draw_table1, draw_table2, run_benchmarks, run_table1, run_table2, tell_benchmarks, tell_table1, tell_table2
-from .learning import draw_fig2, run_fig2, run_fig8, tell_fig2
+from .learning import draw_fig2, run_fig2, run_fig8, run_schedule, tell_fig2, tell_schedule
 from .peers import (draw_attributes, draw_omega, draw_peers, draw_strip_of, run_attributes, run_fig7, run_omega, run_peers, tell_attributes,
                                    tell_omega, tell_peers, tell_strip)
 from .results import METHODS, Kit, clock, draw_quality, draw_strip, measure, measured, open_kit, prompts, rows_of, tell_quality
@@ -72,6 +72,7 @@ FIGURES = {'2': Figured('fig2', 'Distilling with other ω (Fig. 2)', run_fig2, d
            '12': Figured('fig12', 'Control while training (Fig. 12)', run_fig12, draw_strip_of, tell_fig12, 200*16*4 + 5*4*40),
            'table1': Figured('table1', 'Settings and memory (Table 1)', run_table1, draw_table1, tell_table1, 2*24*6),
            'table2': Figured('table2', 'Seconds an image (Table 2)', run_table2, draw_table2, tell_table2, 6*(28 + 8 + 4 + 2 + 1)),
+           'schedule': Figured('schedule', 'Distilled on the wrong schedule (§3.3)', run_schedule, draw_strip_of, tell_schedule, 2*120*24*6 + 6*256*4),
            'peers': Figured('peers', 'Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*54 + 2*49 + 15)),
            'omega': Figured('omega', 'The teacher\'s best guidance', run_omega, draw_omega, tell_omega, 64*(14 + 5*28)),
            'attributes': Figured('attributes', 'Attributes by category, seen and unseen pairs', run_attributes, draw_attributes, tell_attributes, 256*(28 + 4)),

@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['WORKSHOP', 'MARKS', 'VARIANTS', 'BATCHES', 'embed_guidance', 'training_data', 'snapshots', 'run_fig2', 'draw_fig2',
-           'tell_fig2', 'run_fig8']
+           'tell_fig2', 'run_fig8', 'run_schedule', 'tell_schedule']
 
 # %% ../nbs/14d_learning.ipynb #d3c0ffee
-import copy, dataclasses, itertools, json, statistics
+import copy, dataclasses, functools, itertools, statistics
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from .core import PALETTE, require, use_style, write_atomic
+from .core import PALETTE, require, use_style
 from .distill import Batch, lcd_train
 from .peers import _strip
-from .results import Kit, exam, grade, measured, prompts
+from .results import Kit, exam, grade, measured, prompts, scene_data, walk
 from .sampling import decode, sample_student
-from .scenes import make, render_many
+from .schedules import alpha_bar_from_betas, scaled_linear_betas
 from .scores import over_seeds
-from .teacher import precompute
 from .training import bfloat16_products
-from .transformer import PixArtTransformer, read_json
+from .transformer import PixArtTransformer
 
 # %% ../nbs/14d_learning.ipynb #aaef0e13
 def embed_guidance(transformer: PixArtTransformer, # a network of fixed or no guidance
@@ -34,8 +33,7 @@ def embed_guidance(transformer: PixArtTransformer, # a network of fixed or no gu
 
 def training_data(pipe, count=2048, seed=0) -> Batch: # D_z of scenes 0 … count-1 of data set `seed`
     "Latents and captions to distil on, made with the pipeline's own encoders."
-    captions = [make(seed, i)[1] for i in range(count)]
-    data = precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, render_many(seed, count, 2 if count > 100 else 1, progress=False), captions, scaling_factor=pipe.scaling_factor)
+    data = scene_data(pipe, count, seed)
     return Batch(data['latents'], data['captions'], data['mask'], data['null'])
 
 # %% ../nbs/14d_learning.ipynb #b5212a2b
@@ -48,21 +46,15 @@ def snapshots(pipe, data: Batch | None, out, marks=MARKS, embed=0, bf16=False, *
     data: D_z; None makes `training_data` when a mark has to be trained for. out: folder of checkpoint and snapshots. embed: size of
     ω's embedding, 0 for a fixed ω. bf16: products in bfloat16. settings: of `lcd_train`.
     Raises `ValueError` where `out` holds a run with other settings."""
-    out, marks, settings = Path(out), sorted(marks), WORKSHOP | settings
-    note = json.loads(json.dumps({'steps': marks[-1], 'embed': embed, 'bf16': bf16, **settings}))
-    if (out/'run.json').is_file(): require(read_json(out/'run.json') == note, f'{out} holds a run with other settings; a run keeps its settings, so choose another folder or remove it.')
-    write_atomic(out/'run.json', lambda path: path.write_text(json.dumps(note)))
-    start = embed_guidance(pipe.transformer, embed) if embed else pipe.transformer
-    for mark in marks:
-        folder = out/f'{mark:06d}'
-        if not (folder/'config.json').is_file():                                # written last
-            network, device = copy.deepcopy(start), next(start.parameters()).device.type
-            if mark:
-                data = data or training_data(pipe)
-                with bfloat16_products(device, bf16):
-                    network = lcd_train(pipe.transformer, data, pipe.alpha_bar, out, marks[-1], until=mark, resume=True, student=network, **settings)[0]
-            network.save_pretrained(folder, torch.float32)
-        yield mark, PixArtTransformer.from_pretrained(folder).to(next(start.parameters()).device)
+    settings, start = WORKSHOP | settings, embed_guidance(pipe.transformer, embed) if embed else pipe.transformer
+    device, rows = next(start.parameters()).device, functools.cache(lambda: data or training_data(pipe))
+    def train_to(mark, folder):
+        network = copy.deepcopy(start)
+        if mark:
+            with bfloat16_products(device.type, bf16):
+                network = lcd_train(pipe.transformer, rows(), pipe.alpha_bar, out, max(marks), until=mark, resume=True, student=network, **settings)[0]
+        network.save_pretrained(folder, torch.float32)
+    yield from walk(out, marks, {'embed': embed, 'bf16': bf16, **settings}, train_to, lambda folder: PixArtTransformer.from_pretrained(folder).to(device))
 
 # %% ../nbs/14d_learning.ipynb #0d08b87d
 VARIANTS = {'ω = 3.5': {'omega': 3.5}, 'ω = 4.5': {'omega': 4.5}, 'ω embedded': {'omega': (2., 6.), 'embed': 64}}
@@ -159,3 +151,38 @@ def run_fig8(kit: Kit, run='runs/fig2/omega-3.5-4-0', data=None, marks=MARKS, ca
         pipe = dataclasses.replace(kit.student, transformer=network)
         columns.append(decode(pipe, sample_student(pipe, texts, steps)))
     return _strip(torch.stack(columns, 1), texts, [str(m) for m in sorted(marks)], seeds={'captions': seed, 'run': settings['seed']}, settings=WORKSHOP | settings)
+
+# %% ../nbs/14d_learning.ipynb #0180458f
+@measured('schedule')
+def run_schedule(kit: Kit, run='runs/schedule', data=None, steps=120, images=256, captions=4, few=4, seed=101, **settings) -> dict:
+    """Grades of students distilled and sampled on the teacher's schedule and on Stable Diffusion's, and the spread of their latents; pictures of the first captions.
+
+    run: folder of the runs. data: D_z, see `snapshots`. steps: of distillation. few: of the student's sampler. settings: of `snapshots`."""
+    paper, data, rows, columns = exam(images, seed), data or training_data(kit.teacher), [], []
+    tables = {'linear': kit.teacher.alpha_bar, 'scaled linear': alpha_bar_from_betas(scaled_linear_betas())}
+    settings = {'batch_size': 24, 'average': .99, 'seed': 0} | settings
+    networks = {'neither': kit.teacher.transformer}
+    for name, table in tables.items():
+        walk = snapshots(dataclasses.replace(kit.teacher, alpha_bar=table), data, Path(run)/name.replace(' ', '-'), (steps,), **settings)
+        networks[name] = dict(walk)[steps]
+    for (trained, network), (sampled, table) in itertools.product(networks.items(), tables.items()):
+        pipe = dataclasses.replace(kit.student, transformer=network, alpha_bar=table)
+        latents = sample_student(pipe, paper['captions'], few)
+        drawn = decode(pipe, latents)
+        rows.append({'distilled': trained, 'sampled': sampled, 'spread': latents.std().item()} | grade(kit, drawn, paper))
+        columns.append(drawn[:captions])
+    labels = [f"distilled: {r['distilled']}\nsampled: {r['sampled']}" for r in rows]
+    return _strip(torch.stack(columns, 1), paper['captions'][:captions], labels, rows=rows, images=images, steps=steps, scenes=len(data.z),
+                  settings=WORKSHOP | settings, seeds={'captions': seed, 'renders': seed + 1, 'runs': settings['seed']})
+
+# %% ../nbs/14d_learning.ipynb #7c9db64d
+def tell_schedule(found: dict) -> str: # of `run_schedule`
+    "What the wrong table costs, whether it is met in distillation, in sampling, or in both."
+    score = 'frechet_imagenet' if 'frechet_imagenet' in found['rows'][0] else 'frechet'
+    rows = {(r['distilled'], r['sampled']): r for r in found['rows']}
+    right, others = rows['linear', 'linear'], [key for key in rows if key != ('linear', 'linear')]
+    say = lambda r: f"accuracy {r['accuracy']:.3f}, Fréchet {r[score]:.1f}, spread {r['spread']/right['spread']:.2f}"
+    worst = max(others, key=lambda key: rows[key][score])
+    return (f"{found['steps']} steps of {found['settings']['batch_size']}. Distilled and sampled on the linear table: {say(right)}. " +
+            ' '.join(f"Distilled on {'neither' if d == 'neither' else 'the ' + d}, sampled on the {s}: {say(rows[d, s])}." for d, s in others) +
+            f" The largest distance is {rows[worst][score]/right[score]:.2f} times that of the right pair.")

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['METHODS', 'HEADS', 'Method', 'parse_methods', 'sample', 'clock', 'watched', 'time_parts', 'measure_speed', 'prompts',
            'real_images', 'autoencoder_psnr', 'images_of', 'Kit', 'open_kit', 'tiny_kit', 'exam', 'grade', 'measured',
-           'measure', 'draw_strip', 'draw_quality', 'rows_of', 'table_text', 'tell_quality']
+           'scene_data', 'walk', 'measure', 'draw_strip', 'draw_quality', 'rows_of', 'table_text', 'tell_quality']
 
 # %% ../nbs/14_results.ipynb #2e8c5135
-import contextlib, functools, statistics, textwrap, time
+import contextlib, functools, json, statistics, textwrap, time
 from dataclasses import dataclass
+from pathlib import Path
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
-from .core import image_grid, provenance, require, use_style, PALETTE
+from .core import image_grid, provenance, require, use_style, write_atomic, PALETTE
 from .lora import apply_lora
 from .metrics import Evaluator, attribute_accuracy, features_of, frechet_distance, imagenet_features, load_evaluator
 from .sampling import decode, sample_student, sample_teacher, tiny_pipeline
 from .scenes import attributes, make, render_many
 from .scores import clip_score, inception_features, kernel_distance, load_clip, public_clip, with_interval
-from .teacher import load_pipeline, shipped
+from .teacher import load_pipeline, precompute, shipped
+from .transformer import read_json
 
 # %% ../nbs/14_results.ipynb #8751e68d
 @dataclass(frozen=True)
@@ -198,6 +200,24 @@ def measured(name): # of the figure; returns a decorator of `run(kit, ...)`
             return found | {'figure': name, 'provenance': provenance(f'{run.__name__}(kit)', found.get('seeds', {}), started)}
         return timed
     return wrap
+
+# %% ../nbs/14_results.ipynb #f6d4eae4
+def scene_data(pipe, count: int, seed=0) -> dict: # of `teacher.precompute`
+    "Latents and captions of scenes 0 … count-1 of data set `seed`, made with the pipeline's own encoders."
+    captions = [make(seed, i)[1] for i in range(count)]
+    return precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, render_many(seed, count, 2 if count > 100 else 1, progress=False), captions, scaling_factor=pipe.scaling_factor)
+
+def walk(out, marks, settings: dict, train_to, load):
+    """Yields (mark, load(folder of the mark)) for a run in the folder `out`; `train_to(mark, folder)` writes what is missing, config.json last.
+
+    Raises `ValueError` where `out` holds a run with other settings."""
+    out, note = Path(out), json.loads(json.dumps({'steps': max(marks), **settings}))
+    if (out/'run.json').is_file(): require(read_json(out/'run.json') == note, f'{out} holds a run with other settings; a run keeps its settings, so choose another folder or remove it.')
+    write_atomic(out/'run.json', lambda path: path.write_text(json.dumps(note)))
+    for mark in sorted(marks):
+        folder = out/f'{mark:06d}'
+        if not (folder/'config.json').is_file(): train_to(mark, folder)
+        yield mark, load(folder)
 
 # %% ../nbs/14_results.ipynb #1cbbe47a
 def measure(kit: Kit, images=256, batch=16, seed=101, methods=METHODS) -> dict: # ready for JSON

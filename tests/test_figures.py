@@ -57,6 +57,8 @@ FOUND['12'] = FOUND['7'] | {'columns': ['edges', '0', '20'], 'scores': [{'fideli
 FOUND['control'] = {'tolerances': [1], 'rows': [row(.8, method='student 4', captions=told, scale=s, fidelity_1=.5 + .3*s, interval_1=[.4 + .3*s, .6 + .3*s], closed_1=.8*s, ceiling_1=.9)
                                                for told in ('full', 'none') for s in (0., 1.)]}
 FOUND['control-cost'] = {'rows': [{'num_copies': n, 'measured': 1 + .07*n, 'predicted': 1 + .08*n, 'parameters': n*10**6} for n in (1, 7)]}
+FOUND['schedule'] = {'captions': ['a', 'b'], 'columns': ['right', 'wrong', 'none'], 'sheet': FOUND['7']['sheet'], 'steps': 120, 'settings': {'batch_size': 24},
+                     'rows': [row(a, distilled=d, sampled=w, spread=s) for d, w, a, s in (('linear', 'linear', .9, 2.), ('scaled linear', 'scaled linear', .7, 1.), ('neither', 'linear', .8, 2.))]}
 FOUND['8'] = FOUND['7'] | {'columns': ['0', '10', '20']}
 
 
@@ -70,6 +72,8 @@ def test_every_figure_is_drawn_and_told_from_its_numbers_alone(name):
 
 
 def test_sentences_follow_the_numbers():
+    told = FIGURES['schedule'].tell(FOUND['schedule'])
+    assert 'Distilled on the scaled linear, sampled on the scaled linear: accuracy 0.700' in told and 'spread 0.50' in told and 'Distilled on neither' in told
     told = FIGURES['peers'].tell(FOUND['peers'])
     assert 'is 0.7, at 4 evaluations; the teacher reaches it with UniPC at 8. Fréchet distance, ImageNet: the student\'s best is 30, at 4' in told
     told = FIGURES['attributes'].tell(FOUND['attributes'])
