@@ -176,8 +176,8 @@ def train_teacher(data: Data = Path('data/scenes'), vae: Annotated[Path, typer.O
 
 @app.command()
 def distill(teacher: Annotated[Path, typer.Option(help='Folder of train-teacher.')] = Path('runs/teacher'), out: Folder = Path('runs/student'),
-            steps: Steps = 800, omega: Annotated[float, typer.Option(help='Fixed guidance, s - 1.')] = 3.5,
-            lr: Annotated[float, typer.Option(help='Learning rate.')] = 2e-4, resume: Resume = False, device: Device = 'cpu', tensorboard: TensorBoard = None,
+            steps: Steps = 200, omega: Annotated[float, typer.Option(help='Fixed guidance, s - 1.')] = 3.5,
+            lr: Annotated[float, typer.Option(help='Learning rate.')] = 4e-5, resume: Resume = False, device: Device = 'cpu', tensorboard: TensorBoard = None,
             lora: Annotated[bool, typer.Option('--lora', help='Train a LoRA of the teacher, in OUT/lora, instead of a whole student.')] = False,
             rank: Annotated[int, typer.Option(help='Of the LoRA.')] = 8,
             mu: Annotated[float, typer.Option(help='Decay of the target\'s average; 0 with --lora is the released code\'s target, the student itself.')] = .95):

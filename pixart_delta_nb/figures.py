@@ -72,7 +72,7 @@ FIGURES = {'2': Figured('fig2', 'Distilling with other ω (Fig. 2)', run_fig2, d
            '12': Figured('fig12', 'Control while training (Fig. 12)', run_fig12, draw_strip_of, tell_fig12, 200*16*4 + 5*4*40),
            'table1': Figured('table1', 'Settings and memory (Table 1)', run_table1, draw_table1, tell_table1, 2*24*6),
            'table2': Figured('table2', 'Seconds an image (Table 2)', run_table2, draw_table2, tell_table2, 6*(28 + 8 + 4 + 2 + 1)),
-           'schedule': Figured('schedule', 'Distilled on the wrong schedule (§3.3)', run_schedule, draw_strip_of, tell_schedule, 2*120*24*6 + 6*256*4),
+           'schedule': Figured('schedule', 'Distilled on the wrong schedule (§3.3)', run_schedule, draw_strip_of, tell_schedule, 2*200*24*6 + 6*256*4),
            'peers': Figured('peers', 'Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*54 + 2*49 + 15)),
            'omega': Figured('omega', 'The teacher\'s best guidance', run_omega, draw_omega, tell_omega, 64*(14 + 5*28)),
            'attributes': Figured('attributes', 'Attributes by category, seen and unseen pairs', run_attributes, draw_attributes, tell_attributes, 256*(28 + 4)),

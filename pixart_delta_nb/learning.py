@@ -154,13 +154,13 @@ def run_fig8(kit: Kit, run='runs/fig2/omega-3.5-4-0', data=None, marks=MARKS, ca
 
 # %% ../nbs/14d_learning.ipynb #0180458f
 @measured('schedule')
-def run_schedule(kit: Kit, run='runs/schedule', data=None, steps=120, images=256, captions=4, few=4, seed=101, **settings) -> dict:
+def run_schedule(kit: Kit, run='runs/schedule', data=None, steps=200, images=256, captions=4, few=4, seed=101, **settings) -> dict:
     """Grades of students distilled and sampled on the teacher's schedule and on Stable Diffusion's, and the spread of their latents; pictures of the first captions.
 
     run: folder of the runs. data: D_z, see `snapshots`. steps: of distillation. few: of the student's sampler. settings: of `snapshots`."""
     paper, data, rows, columns = exam(images, seed), data or training_data(kit.teacher), [], []
     tables = {'linear': kit.teacher.alpha_bar, 'scaled linear': alpha_bar_from_betas(scaled_linear_betas())}
-    settings = {'batch_size': 24, 'average': .99, 'seed': 0} | settings
+    settings = {'batch_size': 24, 'lr': 4e-5, 'warmup': 100, 'average': .99, 'seed': 0} | settings      # the shipped student's recipe
     networks = {'neither': kit.teacher.transformer}
     for name, table in tables.items():
         walk = snapshots(dataclasses.replace(kit.teacher, alpha_bar=table), data, Path(run)/name.replace(' ', '-'), (steps,), **settings)
