@@ -235,6 +235,7 @@ def train_controlnet(
     put_back(net.adapter, ema.state_dict())
     return net.eval()
 
+# %% ../nbs/11_controlnet.ipynb #402ef1e0
 def check_data(data: dict, config: TransformerConfig) -> None:
     "Raises ValueError unless data holds a control for each latent and captions of the base's width."
     missing = [k for k in ('latents', 'captions', 'mask', 'null', 'control') + ('resolution', 'aspect_ratio')*config.use_additional_conditions if k not in data]
@@ -257,6 +258,7 @@ def save_controlnet(
     save_tensors(Path(folder)/WEIGHTS, state)
     write_atomic(Path(folder)/'config.json', lambda path: path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8'))
 
+# %% ../nbs/11_controlnet.ipynb #93c66fee
 def load_controlnet(
     folder: str | Path, # of `save_controlnet`
     base, # the transformer to put under control: the one of training, or its student
@@ -286,6 +288,7 @@ def _renamed(name, tensor):
     require(part in RENAMED, f'{name} is no tensor of a released PixArt ControlNet: choose such a checkpoint.')
     return {f'{block}.transformer_block.{new}.{kind}': piece for new, piece in zip(RENAMED[part], tensor.chunk(len(RENAMED[part])))}
 
+# %% ../nbs/11_controlnet.ipynb #fc61aa47
 def convert_released(
     path: str | Path, # a released .pth
     base, # PixArtTransformer of its shape
@@ -396,6 +399,7 @@ def measure_control(
                       'closed': closed_gap(found, floor, ceiling), 'accuracy': attribute_accuracy(evaluator, fake, labels)})
     return {'condition': condition, 'images': images, 'caption_seed': seed, 'options': options, 'ceiling': mean_fidelity(ceiling), 'scores': table}
 
+# %% ../nbs/11_controlnet.ipynb #2ad37032
 def mean_fidelity(
     values: Tensor, # (B,) scores of `conditions.fidelity`
 ) -> dict: # fidelity and interval

@@ -50,6 +50,7 @@ class Batch(NamedTuple):
         "The micro-conditions by name; empty for a model without."
         return {k: getattr(self, k) for k in ('resolution', 'aspect_ratio') if getattr(self, k) is not None}
 
+# %% ../nbs/08_distill.ipynb #4d9864d2
 def draw_batch(
     data: Batch, # all N rows
     size: int, # rows to draw, with replacement
@@ -78,6 +79,7 @@ def predict_eps(
     extra = {'omega': omega.expand(len(x))} if embeds else {}
     return _float(network(x, t, caption, mask, **extra, **conditions)[:, :x.shape[1]])
 
+# %% ../nbs/08_distill.ipynb #cef5c6d7
 def pair_with_null(
     batch: Batch # B rows
 ) -> tuple: # caption (2B, L, C) and mask (2B, L), the second half null
@@ -146,6 +148,7 @@ def _seconds(call, device):
     wait(); start = time.perf_counter(); call(); wait()
     return time.perf_counter() - start
 
+# %% ../nbs/08_distill.ipynb #86b95971
 def benchmark_step(
     student, target, teacher, # the three networks of `lcd_step`, on one device
     batch: Batch, # the batch to time, on that device
@@ -222,6 +225,7 @@ def load_latents(
     require(not missing, f'{Path(path).name} lacks {", ".join(missing)}; D_z needs latents, captions, mask and null: precompute it again.')
     return Batch(*(tensors.get(name) for name in ('latents', 'captions', 'mask', 'null', 'null_mask', 'resolution', 'aspect_ratio')))
 
+# %% ../nbs/08_distill.ipynb #b6c23034
 def distill(
     pipeline: str | Path, # folder of the teacher
     latents: str | Path, # file of D_z, or a Batch

@@ -270,6 +270,7 @@ def lcd_peak(
             loss.backward()
     return live.peak
 
+# %% ../nbs/12_int8.ipynb #4e080393
 def training_ledger(
     config: TransformerConfig,
     batch: int, # images a device

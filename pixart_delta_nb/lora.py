@@ -235,6 +235,7 @@ def _swapped(adapter, other):
     try: yield
     finally: swap()
 
+# %% ../nbs/10_lora.ipynb #4b0cc6ba
 def one_model(
     model: nn.Module, # with an adapter
     ema: EMA | None = None # slow average of `adapter_of(model)`; None for the stop-gradient student
@@ -247,6 +248,7 @@ def one_model(
         with _swapped(adapter, ema.module): return model(*inputs, **conditions)
     return model, model if ema is None else target, teacher
 
+# %% ../nbs/10_lora.ipynb #65106c53
 def adapter_of(
     model: nn.Module # with an adapter
 ) -> nn.ModuleList: # the LoRA modules in the order of the layers

@@ -266,6 +266,7 @@ class ImageNetFeatures(nn.Module):
         "Features, averaged over positions."
         return self.network.extract_features(self.prepare(images)).mean((2, 3))  # (B, 1280)
 
+# %% ../nbs/13_metrics.ipynb #9fa319ac
 def imagenet_features() -> ImageNetFeatures: # frozen, in evaluation mode
     "The independent extractor; `ValueError` if its two packages are not installed."
     try:

@@ -129,6 +129,7 @@ def run_attributes(kit: Kit, images=128, methods=(Method('teacher', 14), Method(
     draw = lambda m: lambda captions: images_of(kit.teacher, kit.student, m, captions)
     return {'images': images, 'tables': {m.name: accuracy_table(draw(m), kit.judge, images, seed) for m in methods}, 'seeds': {'captions': seed}}
 
+# %% ../nbs/14b_peers.ipynb #be98a992
 def draw_attributes(found: dict): # of `run_attributes`
     "A row a question: filled marks for seen pairs, hollow ones for unseen."
     from matplotlib.figure import Figure
@@ -143,6 +144,7 @@ def draw_attributes(found: dict): # of `run_attributes`
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return fig
 
+# %% ../nbs/14b_peers.ipynb #168540c1
 def tell_attributes(found: dict) -> str: # of `run_attributes`
     "For each method: all attributes of seen and unseen pairs, whether the intervals tell them apart, and the weakest category."
     text = []

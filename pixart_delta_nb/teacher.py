@@ -47,6 +47,7 @@ def pixels(images, i):
     x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
     return x.float()/127.5 - 1 if x.dtype == torch.uint8 else x
 
+# %% ../nbs/07b_teacher.ipynb #6a42fea5
 def crops(images, batch, crop, generator):
     "A batch (batch, 3, crop, crop) of random crops whose corners lie on the latents' grid of 8 pixels."
     size = pixels(images, 0).shape[-1]
@@ -54,6 +55,7 @@ def crops(images, batch, crop, generator):
     y, x = (torch.randint(0, (size - crop)//8 + 1, (batch,), generator=generator)*8 for _ in range(2))
     return torch.stack([pixels(images, a)[:, b:b + crop, c:c + crop] for a, b, c in zip(i.tolist(), y.tolist(), x.tolist())])
 
+# %% ../nbs/07b_teacher.ipynb #b4bf49ce
 def train_vae(images, out, steps=1800, batch=8, seed=0, vae=None, device='cpu', bf16=False, **options):
     """Train the autoencoder. images: as in `pixels`. out: folder; the result lies in out/vae. vae: whose decoder to train
     further, on whole pictures and with latents as they are; None for a new one. bf16: products in bfloat16. options: of `train`,
@@ -118,6 +120,7 @@ def encode_captions(tokenizer, text_encoder, captions, max_length=120, batch=500
         h = [text_encoder(a.to(device), b.to(device)).last_hidden_state for a, b in zip(ids.split(batch), mask.split(batch))]
     return torch.cat(h), mask.bool().to(device)                                            # (B, L, C), (B, L)
 
+# %% ../nbs/07b_teacher.ipynb #6c1361f4
 def null_caption(tokenizer, text_encoder):
     "The caption that says nothing, T5(\"\"), with its own mask: (1, 1, C) and (1, 1)."
     return encode_captions(tokenizer, text_encoder, [''])
@@ -132,6 +135,7 @@ def no_bars():
     try: yield
     finally: shown and logging.enable_progress_bar()
 
+# %% ../nbs/07b_teacher.ipynb #d0de278e
 class Reader(nn.Module):
     "One linear head for each attribute over the mean hidden state. sizes: classes of each, 'unsaid' is added as the last."
     def __init__(self, width, sizes):
@@ -142,6 +146,7 @@ class Reader(nn.Module):
         pooled = (h*m).sum(1)/m.sum(1)                                                     # (B, C)
         return [head(pooled) for head in self.heads]
 
+# %% ../nbs/07b_teacher.ipynb #928055da
 def train_text_encoder(captions, labels, sizes, out, steps=400, batch=64, seed=0, held_out=1000, position_lr=5e-2, encoder=None, **options):
     """Train tokenizer and text encoder to name the attributes of captions.
 
@@ -208,6 +213,7 @@ class Pipeline:
         for part in (self.vae, self.text_encoder, self.transformer): part.to(device)
         return self
 
+# %% ../nbs/07b_teacher.ipynb #8cfd65bb
 BETAS = {'beta_schedule': 'linear', 'beta_start': 1e-4, 'beta_end': .02, 'num_train_timesteps': 1000}
 
 def alpha_bar_of(betas):
@@ -227,6 +233,7 @@ def save_card(folder, **facts):
     card = facts | {'sha256': {name: sha256(folder/name) for name in files}}
     write_atomic(folder/'card.json', lambda path: path.write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8'))
 
+# %% ../nbs/07b_teacher.ipynb #ee5a388b
 def save_pipeline(pipe, folder, dtype=torch.float32, **facts):
     "Write a plain diffusers PixArtAlphaPipeline folder with a card. dtype: of the weights on disk. facts: for the card."
     import diffusers
@@ -257,6 +264,7 @@ def check_files(folder):
         require(sha256(folder/name) == digest, f'{folder/name} is damaged, as its SHA-256 differs from the card\'s: copy it again.')
     return card
 
+# %% ../nbs/07b_teacher.ipynb #1e1b9479
 def check_folder(folder):
     "The card of a pipeline folder; ValueError in one sentence where the folder cannot be one."
     require(folder.is_dir(), f'{folder} is not a folder, but a saved PixArtAlphaPipeline is needed: check the path.')
@@ -273,6 +281,7 @@ def check_folder(folder):
             require(not lacking, f'{folder/part} lacks {", ".join(lacking)}, which its index lists: copy the whole model again.')
     return card
 
+# %% ../nbs/07b_teacher.ipynb #20b099ec
 def read_scheduler(folder, card):
     "(betas, whether the model is a student) from a folder's scheduler: its class tells, and its betas must be the card's; keys left out have the class's defaults."
     import diffusers
@@ -297,10 +306,12 @@ def load_part(cls, folder, dtype=torch.float32):
         require(not info.get(key), f'{folder} has {len(info.get(key) or ())} {key.replace("_", " ")}, such as {next(iter(info.get(key) or [""]))}: copy weights and config again.')
     return model
 
+# %% ../nbs/07b_teacher.ipynb #7edfd305
 def shipped(name):
     "Folder of weights that come with the package: 'teacher' (a pipeline) or 'student' (a transformer)."
     return Path(pixart_delta_nb.__file__).parent/'weights'/name
 
+# %% ../nbs/07b_teacher.ipynb #6a7dcbbc
 def open_folder(folder, student):
     "Checked folders of a pipeline and of a student's transformer (None for none) from paths, a hub id, None or 'shipped', and the pipeline's config."
     folder = shipped('teacher') if folder is None else local_folder(folder)
@@ -313,6 +324,7 @@ def open_folder(folder, student):
         config['student_card'] = check_files(student)
     return folder, student, config
 
+# %% ../nbs/07b_teacher.ipynb #188b4886
 def load_pipeline(folder=None, student=None, dtype=None, device='cpu'):
     """Open a plain diffusers PixArtAlphaPipeline: a folder, or a hub id such as 'PixArt-alpha/PixArt-XL-2-1024-MS'.
 
