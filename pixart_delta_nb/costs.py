@@ -127,7 +127,7 @@ def beside_table2(found: dict) -> list: # dicts: where, seconds with 4 and 14 st
 
 # %% ../nbs/14e_costs.ipynb #63a5edf6
 def draw_table2(found: dict): # of `run_table2`
-    "Left: seconds an image by part. Middle: how much faster 4 student steps are, here and in the report, under the bound of 7. Below: the numbers."
+    "Left: seconds an image by part. Right: how much faster 4 student steps are, here and in the report, under the bound of 7. Below: the numbers."
     from matplotlib.figure import Figure
     use_style()
     rows, fig = rows_table2(found), Figure(figsize=(9, 5.4), layout='constrained')

@@ -16,8 +16,8 @@ from .control import (draw_control, draw_control_cost, draw_fig5, draw_fig6, run
 from .core import PALETTE, load_metadata, provenance, require, use_style, write_atomic
 from .costs import draw_benchmarks, draw_table1, draw_table2, run_benchmarks, run_table1, run_table2, tell_benchmarks, tell_table1, tell_table2
 from .learning import draw_fig2, run_fig2, run_fig8, run_schedule, tell_fig2, tell_schedule
-from .peers import (draw_attributes, draw_omega, draw_peers, draw_strip_of, run_attributes, run_fig7, run_omega, run_peers, tell_attributes,
-                                   tell_omega, tell_peers, tell_strip)
+from .peers import (draw_attributes, draw_lora, draw_omega, draw_peers, draw_strip_of, run_attributes, run_fig7, run_lora, run_omega, run_peers,
+                                   tell_attributes, tell_lora, tell_omega, tell_peers, tell_strip)
 from .results import METHODS, Kit, clock, draw_quality, draw_strip, measure, measured, open_kit, prompts, rows_of, tell_quality
 from .sampling import sample_teacher
 from .schedules import alpha_bar_from_betas, linear_betas, log_snr, scaled_linear_betas
@@ -74,6 +74,7 @@ FIGURES = {'2': Figured('fig2', 'Distilling with other ω (Fig. 2)', run_fig2, d
            'table2': Figured('table2', 'Seconds an image (Table 2)', run_table2, draw_table2, tell_table2, 6*(28 + 8 + 4 + 2 + 1)),
            'schedule': Figured('schedule', 'Distilled on the wrong schedule (§3.3)', run_schedule, draw_strip_of, tell_schedule, 2*200*24*6 + 6*256*4),
            'peers': Figured('peers', 'Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*54 + 2*49 + 15)),
+           'lora': Figured('lora', 'LCM-LoRA beside the full student (§3.3)', run_lora, draw_lora, tell_lora, 512*2*(4 + 2 + 1)),
            'omega': Figured('omega', 'The teacher\'s best guidance', run_omega, draw_omega, tell_omega, 64*(14 + 5*28)),
            'attributes': Figured('attributes', 'Attributes by category, seen and unseen pairs', run_attributes, draw_attributes, tell_attributes, 256*(28 + 4)),
            'control': Figured('control', 'What the shipped ControlNet does (Fig. 9–11)', run_control, draw_control, tell_control, 64*2*2*(28 + 4)*2),

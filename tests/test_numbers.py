@@ -62,10 +62,11 @@ def computed() -> list:
     return told + [cell for name in ('reproduce', 'evaluate') for row in rows_of(read(ROOT/f'results/{name}/results.json'))[1] for cell in row]
 
 
-def test_readme_quotes_measured_numbers_only():
+@pytest.mark.parametrize('name', ['README.md', 'results/README.md'])
+def test_readme_quotes_measured_numbers_only(name):
     pool = measured()
-    missing = [text + '%'*percent for text, decimals, percent in quoted((ROOT/'README.md').read_text(encoding='utf-8')) if not found_in(text, decimals, percent, pool)]
-    assert not missing, f'README.md quotes {", ".join(missing)}, which no results file and no card holds: run the measurement again, or correct the number.'
+    missing = [text + '%'*percent for text, decimals, percent in quoted((ROOT/name).read_text(encoding='utf-8')) if not found_in(text, decimals, percent, pool)]
+    assert not missing, f'{name} quotes {", ".join(missing)}, which no results file and no card holds: run the measurement again, or correct the number.'
 
 
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
