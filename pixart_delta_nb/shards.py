@@ -101,7 +101,7 @@ class _Writer:
         self.pipe, self.out, self.settings, self.path = pipe, Path(out), settings, Path(out)/'manifest.json'
         self.images, self.texts, self.done, self.numbers = [], [], set(), {}
         self.waiting, self.rows = collections.defaultdict(list), collections.defaultdict(list)
-        self.tokens = []                                                            # (caption's key, its tokens) not yet written
+        self.new = []                                                               # (key, caption) of captions not yet written
         if self.path.is_file(): self._resume()
         else: save_tensors(self.out/'null.safetensors', {'null': null[0].cpu(), 'mask': null[1].cpu()})
 
@@ -128,22 +128,31 @@ class _Writer:
         if len(self.rows[shape]) >= self.settings['shard_size']: self.write(shape)
 
     def _number(self, captions):
-        "Numbers of captions; new ones are encoded."
+        "Numbers of captions; new ones wait for their shard."
         keys = [int.from_bytes(hashlib.sha256(c.lower().strip().encode()).digest()[:8], 'little', signed=True) for c in captions]
-        new = {k: c for k, c in zip(keys, captions) if k not in self.numbers}
-        if new:
-            h, mask = encode_captions(self.pipe.tokenizer, self.pipe.text_encoder, list(new.values()), self.settings['max_length'])
-            self.tokens += [(k, a[:n]) for k, a, n in zip(new, h.to(getattr(torch, self.settings['dtype'])).cpu(), mask.sum(1).tolist())]
-            for k in new: self.numbers[k] = len(self.numbers)
+        for k, c in zip(keys, captions):
+            if k not in self.numbers:
+                self.numbers[k] = len(self.numbers)
+                self.new.append((k, c))
         return [self.numbers[k] for k in keys]
+
+    def _tokens(self, batch=32):
+        "Hidden states (L, C) of the captions that wait, encoded beside others of their length."
+        captions, found = [c for _, c in self.new], {}
+        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
+        for start in range(0, len(order), batch):
+            rows = order[start:start + batch]
+            h, mask = encode_captions(self.pipe.tokenizer, self.pipe.text_encoder, [captions[i] for i in rows], self.settings['max_length'])
+            found |= {i: a[:n].to(getattr(torch, self.settings['dtype'])).cpu() for i, a, n in zip(rows, h, mask.sum(1).tolist())}
+        return [found[i] for i in range(len(captions))]
 
     def write(self, shape):
         "Text first, since latents refer to it, then the shard, then the manifest."
-        if self.tokens:
-            keys, tokens = zip(*self.tokens)
+        if self.new:
+            keys, tokens = [k for k, _ in self.new], self._tokens()
             offsets = torch.tensor([0, *map(len, tokens)]).cumsum(0)
             self._save(self.texts, f'text-{len(self.texts):06}.safetensors', {'tokens': torch.cat(tokens), 'offsets': offsets, 'key': torch.tensor(keys)}, captions=len(keys))
-            self.tokens = []
+            self.new = []
         row, z, sizes, caption = zip(*self.rows.pop(shape))
         self._save(self.images, f'latent-{len(self.images):06}.safetensors', {'latents': torch.stack(z), 'caption': torch.tensor(caption), 'row': torch.tensor(row),
                    'size': torch.tensor(sizes)}, rows=len(row), bin=list(shape))
@@ -186,12 +195,12 @@ def _identity(network):
     return hashlib.sha256(str([(n, p.flatten()[:4].float().tolist()) for n, p in network.named_parameters()]).encode()).hexdigest()[:16]
 
 # %% ../nbs/15b_data.ipynb #04cb7a16
-def precompute_shards(source, pipe, out, shard_size=1024, size=128, bins=None, batch=32, workers=4, max_length=120, dtype='float16',
+def precompute_shards(source, pipe, out, shard_size=1024, size=128, bins=None, batch=4, workers=4, max_length=120, dtype='float16',
                       image='image', text='text', progress=None):
     """D_z of Algorithm 1 as shards in the folder `out`; call it again after a crash and it goes on.
 
     source, image, text: as in `read_source`. pipe: Pipeline, or anything with vae, tokenizer, text_encoder, scaling_factor. shard_size: rows a file, a
-    multiple of `batch`. size: of the autoencoder's pictures. bins: shapes, None for `aspect_bins(size)`. workers: threads that decode.
+    multiple of `batch`. batch: pictures at once; 4 fit a processor's cache, a GPU wants more. size: of the autoencoder's pictures. bins: shapes, None for `aspect_bins(size)`. workers: threads that decode.
     max_length: tokens a caption. Returns {'images', 'captions', 'skipped' (name, reason), 'bytes', 'bytes_per_image', 'seconds', 'images_per_second'};
     the speed is that of this call. Raises ValueError on other settings than those the folder was begun with, and without one usable picture."""
     require(batch > 0 and shard_size % batch == 0, f'shard_size is {shard_size} and batch {batch}, but a shard must hold whole batches: choose a multiple.')
@@ -342,7 +351,7 @@ def streamed(folder, conditions=False, **options):
     return Batch(z, caption, mask, reader.null['null'], reader.null['mask'], *sizes)
 
 # %% ../nbs/15b_data.ipynb #79f05049
-def measure_precompute(source, pipe, size=128, batch=32, **options):
+def measure_precompute(source, pipe, size=128, batch=4, **options):
     """Speed of `precompute_shards` beside that of the autoencoder alone on the same, decoded pictures, in one run.
 
     source: read twice, and held in memory once. options: of `precompute_shards`. Returns {'images', 'vae_images_per_second', 'images_per_second',
@@ -360,6 +369,6 @@ def measure_precompute(source, pipe, size=128, batch=32, **options):
     for x in itertools.chain(*stacks): encode(x)
     alone = len(decoded)/(time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as out:
-        report = precompute_shards(source, pipe, out, size=size, batch=batch, progress=False, **{'shard_size': 32*batch} | options)
+        report = precompute_shards(source, pipe, out, size=size, batch=batch, progress=False, **{'shard_size': 256*batch} | options)
     return {'images': len(decoded), 'vae_images_per_second': alone, 'images_per_second': report['images_per_second'], 'ratio': report['images_per_second']/alone,
             'bytes_per_image': report['bytes_per_image']}
