@@ -163,7 +163,7 @@ def precompute_control(
     vae, # the base's autoencoder
     pictures: Tensor, # (N, 3, H, W) in [-1, 1], of `conditions.truth` or `conditions.extract`
     scaling_factor: float, # of the base's latents
-    batch: int = 32, # pictures at once
+    batch: int = 4, # pictures at once
 ) -> Tensor: # (N, C, h, w) float32, on the CPU
     "Scaled latents of condition pictures, made as those of images are; `ValueError` on another shape or range."
     require(pictures.ndim == 4 and pictures.shape[1] == 3 and len(pictures) > 0, f'pictures has shape {tuple(pictures.shape)}, but must be (N, 3, H, W): stack condition pictures.')

@@ -250,7 +250,7 @@ def generate(
         latents = sample_student(pipe, captions, 4 if steps is None else steps, guidance_scale=guidance_scale, **options)
     else:
         latents = sample_teacher(pipe, captions, 14 if steps is None else steps, 4.5 if guidance_scale is None else guidance_scale, **options)
-    images = decode(pipe, latents, options.get('batch_size', 32))                                 # (B, 3, H, W)
+    images = decode(pipe, latents, min(options.get('batch_size', 4), 4))                          # (B, 3, H, W)
     if binned: images = resize_and_crop(images, *shape)
     images.evaluations = latents.evaluations
     return images

@@ -342,8 +342,9 @@ def load_pipeline(folder=None, student=None, dtype=None, device='cpu'):
     return Pipeline(vae, tokenizer, text_encoder, transformer, alpha_bar_of(config['betas']), vae.config.scaling_factor, config)
 
 # %% ../nbs/07b_teacher.ipynb #ee5fc1bb
-def precompute(vae, tokenizer, text_encoder, images, captions=None, out=None, scaling_factor=None, batch=32):
+def precompute(vae, tokenizer, text_encoder, images, captions=None, out=None, scaling_factor=None, batch=4):
     """D_z of Algorithm 1. images, captions: as in `pixels`, with N texts; captions None: images is a data set of items.
+    batch: pictures at once; 4 fit a processor's cache.
 
     out: a safetensors file to write, None for memory only. scaling_factor: None for 1/std of these latents.
     Returns {'latents' (N, 4, h, w) scaled, 'captions' (N, L, C) float16, 'mask' (N, L), 'null' (1, 1, C), 'scaling_factor' ()}."""
