@@ -172,8 +172,9 @@ def run_schedule(kit: Kit, run='runs/schedule', data=None, steps=200, images=256
         rows.append({'distilled': trained, 'sampled': sampled, 'spread': latents.std().item()} | grade(kit, drawn, paper))
         columns.append(drawn[:captions])
     labels = [f"distilled: {r['distilled']}\nsampled: {r['sampled']}" for r in rows]
-    return _strip(torch.stack(columns, 1), paper['captions'][:captions], labels, rows=rows, images=images, steps=steps, scenes=len(data.z),
-                  settings=WORKSHOP | settings, seeds={'captions': seed, 'renders': seed + 1, 'runs': settings['seed']})
+    strip = _strip(torch.stack(columns, 1), paper['captions'][:captions], labels)
+    return strip | {'rows': rows, 'images': images, 'steps': steps, 'scenes': len(data.z), 'settings': WORKSHOP | settings,
+                    'seeds': {'captions': seed, 'renders': seed + 1, 'runs': settings['seed']}}
 
 # %% ../nbs/14d_learning.ipynb #7c9db64d
 def tell_schedule(found: dict) -> str: # of `run_schedule`

@@ -208,6 +208,13 @@ def test_stock_pipeline_makes_the_same_pictures(kit):
     assert all(r['apart'] < 1e-3 and r['ratio'] > 0 for r in rows)
 
 
+def test_students_of_two_schedules_differ_in_the_table_alone(kit, data, tmp_path):
+    found = learning.run_schedule(kit, tmp_path, data, steps=1, images=2, captions=1, few=1, batch_size=2)
+    assert [(r['distilled'], r['sampled']) for r in found['rows']][2:4] == [('linear', 'linear'), ('linear', 'scaled linear')]
+    runs = [json.loads((tmp_path/name/'run.json').read_text()) for name in ('linear', 'scaled-linear')]
+    assert runs[0] == runs[1] and len({r['spread'] for r in found['rows']}) == 6 and len(found['columns']) == 6
+
+
 def test_index_names_files_once_and_refuses_others(kit, tmp_path):
     assert len({f.file for f in FIGURES.values()}) == len(FIGURES)
     assert figures.estimate('peers', kit) > figures.estimate('7', kit) > 0
