@@ -171,7 +171,7 @@ def run_schedule(kit: Kit, run='runs/schedule', data=None, steps=200, images=256
         drawn = decode(pipe, latents)
         rows.append({'distilled': trained, 'sampled': sampled, 'spread': latents.std().item()} | grade(kit, drawn, paper))
         columns.append(drawn[:captions])
-    labels = [f"distilled: {r['distilled']}\nsampled: {r['sampled']}" for r in rows]
+    labels = [f"{r['distilled']}\n{r['sampled']}" for r in rows]
     strip = _strip(torch.stack(columns, 1), paper['captions'][:captions], labels)
     return strip | {'rows': rows, 'images': images, 'steps': steps, 'scenes': len(data.z), 'settings': WORKSHOP | settings,
                     'seeds': {'captions': seed, 'renders': seed + 1, 'runs': settings['seed']}}
