@@ -157,7 +157,7 @@ def draw_fig5(found: dict): # of `run_fig5`
         ax.axhline(found['ceiling']['fidelity'], color='k', lw=1, label='true renders')
         names = list(ends(found, told, method))
         ax.set_xticks(range(len(names)), [n.replace(', ', '\n') for n in names], fontsize=7); ax.set(title=title)
-    fig.axes[0].set_ylabel('F-score of the edges'); fig.axes[1].legend(fontsize=7, loc='lower center', bbox_to_anchor=(.42, .12), ncols=2)
+    fig.axes[0].set_ylabel('F-score of the edges'); fig.legend(*fig.axes[1].get_legend_handles_labels(), loc='outside lower center', fontsize=7, ncols=5)
     return fig
 
 def tell_fig5(found: dict) -> str: # of `run_fig5`
