@@ -7,7 +7,7 @@ __all__ = ['storage_bytes', 'encoder_operations', 'aspect_bins', 'nearest_bin', 
            'check_shards', 'ShardReader', 'Column', 'streamed', 'measure_precompute']
 
 # %% ../nbs/15b_data.ipynb #913eef71
-import bisect, collections, hashlib, io, itertools, json, math, os, sys, tarfile, tempfile, time
+import bisect, collections, hashlib, io, itertools, json, math, os, statistics, sys, tarfile, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -351,10 +351,10 @@ def streamed(folder, conditions=False, **options):
     return Batch(z, caption, mask, reader.null['null'], reader.null['mask'], *sizes)
 
 # %% ../nbs/15b_data.ipynb #79f05049
-def measure_precompute(source, pipe, size=128, batch=4, **options):
-    """Speed of `precompute_shards` beside that of the autoencoder alone on the same, decoded pictures, in one run.
+def measure_precompute(source, pipe, size=128, batch=4, repeats=5, **options):
+    """Speed of `precompute_shards` beside that of the autoencoder alone on the same, decoded pictures, in turn; medians.
 
-    source: read twice, and held in memory once. options: of `precompute_shards`. Returns {'images', 'vae_images_per_second', 'images_per_second',
+    source: read again in each round, and held in memory once. repeats: rounds. options: of `precompute_shards`. Returns {'images', 'vae_images_per_second', 'images_per_second',
     'ratio', 'bytes_per_image'}."""
     bins = [list(b) for b in options.get('bins') or aspect_bins(size)]
     decoded = [p for _, _, p, _, _ in (_decoded(job, bins) for job in enumerate(read_source(source, options.get('image', 'image'), options.get('text', 'text')))) if not isinstance(p, str)]
@@ -365,10 +365,13 @@ def measure_precompute(source, pipe, size=128, batch=4, **options):
     def encode(x):
         with torch.no_grad(): return vae.encode(x.to(weight.device).to(weight.dtype)/127.5 - 1).latent_dist.mode().cpu()
     encode(stacks[0][0])                                                            # warm-up
-    start = time.perf_counter()
-    for x in itertools.chain(*stacks): encode(x)
-    alone = len(decoded)/(time.perf_counter() - start)
-    with tempfile.TemporaryDirectory() as out:
-        report = precompute_shards(source, pipe, out, size=size, batch=batch, progress=False, **{'shard_size': 256*batch} | options)
-    return {'images': len(decoded), 'vae_images_per_second': alone, 'images_per_second': report['images_per_second'], 'ratio': report['images_per_second']/alone,
-            'bytes_per_image': report['bytes_per_image']}
+    rounds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for x in itertools.chain(*stacks): encode(x)
+        alone = len(decoded)/(time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as out:
+            report = precompute_shards(source, pipe, out, size=size, batch=batch, progress=False, **{'shard_size': 256*batch} | options)
+        rounds.append((alone, report['images_per_second'], report['images_per_second']/alone))
+    middle = dict(zip(('vae_images_per_second', 'images_per_second', 'ratio'), map(statistics.median, zip(*rounds))))
+    return {'images': len(decoded), **middle, 'bytes_per_image': report['bytes_per_image']}
