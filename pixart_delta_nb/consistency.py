@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from .core import require
-from .schedules import add_noise, at, check_alpha_bar, eps_to_x0
-from .solvers import skip_grid
+from .schedules import add_noise, at, check_alpha_bar, eps_to_x0, skip_grid
 
 # %% ../nbs/03_consistency.ipynb #ea579e39
 def boundary_scalings(
@@ -23,10 +22,10 @@ def boundary_scalings(
     """The two weights of a consistency function (equation 5; latent consistency models, §2 of the report).
 
     Raises `ValueError` for negative times, and unless `sigma_data` and `timestep_scaling` are positive."""
-    require(sigma_data > 0, f'sigma_data={sigma_data} must be positive, or both weights are undefined at t=0; pass 0.5.')
-    require(timestep_scaling > 0, f'timestep_scaling={timestep_scaling} must be positive; pass 10.')
+    require(sigma_data > 0, lambda: f'sigma_data={sigma_data} must be positive, or both weights are undefined at t=0; pass 0.5.')
+    require(timestep_scaling > 0, lambda: f'timestep_scaling={timestep_scaling} must be positive; pass 10.')
     t = torch.as_tensor(t)
-    require(bool((t >= 0).all()), f't={t.tolist()} must not be negative; pass the time steps of the table, from 0 on.')
+    require(bool((t >= 0).all()), lambda: f't={t.tolist()} must not be negative; pass the time steps of the table, from 0 on.')
     scaled = t.to(torch.promote_types(t.dtype, torch.float32))*timestep_scaling
     norm = scaled**2 + sigma_data**2
     return sigma_data**2/norm, scaled/norm.sqrt()
@@ -41,10 +40,10 @@ def consistency_function(
     """Equation (4): c_skip x_t + c_out x̂₀ (report §2, Algorithm 1's f_θ).
 
     Raises `ValueError` for mismatched shapes, and for times that are not integers of the table."""
-    require(x_t.shape == eps.shape, f'eps has shape {tuple(eps.shape)} but x_t has {tuple(x_t.shape)}; drop the learned-variance channels first.')
-    require(not t.is_floating_point(), f't has dtype {t.dtype} but must index the table; pass integer steps.')
+    require(x_t.shape == eps.shape, lambda: f'eps has shape {tuple(eps.shape)} but x_t has {tuple(x_t.shape)}; drop the learned-variance channels first.')
+    require(not t.is_floating_point(), lambda: f't has dtype {t.dtype} but must index the table; pass integer steps.')
     last = len(alpha_bar) - 1
-    require(bool(((t >= 0) & (t <= last)).all()), f't={t.tolist()} must lie between 0 and {last}; clamp it to the table.')
+    require(bool(((t >= 0) & (t <= last)).all()), lambda: f't={t.tolist()} must lie between 0 and {last}; clamp it to the table.')
     ab = at(alpha_bar, t, x_t)                                              # (B, 1, 1, 1)
     c_skip, c_out = (c.to(ab.dtype).reshape(ab.shape) for c in boundary_scalings(t.to(ab.dtype)))
     return c_skip*x_t.to(ab.dtype) + c_out*eps_to_x0(x_t, eps, ab)          # (B, C, H, W)
@@ -53,7 +52,7 @@ def consistency_function(
 def _grid_for(steps, k, T):
     "The skip grid from its noisy end, after the checks that both spacings share."
     grid = skip_grid(k, T)
-    require(isinstance(steps, int) and 1 <= steps <= len(grid), f'steps={steps} must lie between 1 and {len(grid)}, the points of the skip grid; ask for fewer steps or lower k.')
+    require(isinstance(steps, int) and 1 <= steps <= len(grid), lambda: f'steps={steps} must lie between 1 and {len(grid)}, the points of the skip grid; ask for fewer steps or lower k.')
     return grid.flip(0)
 
 # %% ../nbs/03_consistency.ipynb #a18b9d7b
@@ -83,7 +82,7 @@ def released_timesteps(
 def _fresh_noise(like, generator):
     "One draw for the batch, or one per image for a list of generators, made on the generator's device."
     many = isinstance(generator, (list, tuple))
-    require(not many or len(generator) == len(like), f'{len(generator) if many else 1} generators were given for {len(like)} images; pass one per image.')
+    require(not many or len(generator) == len(like), lambda: f'{len(generator) if many else 1} generators were given for {len(like)} images; pass one per image.')
     draw = lambda shape, g: torch.randn(shape, generator=g, dtype=like.dtype, device=like.device if g is None else g.device).to(like.device)
     return torch.cat([draw((1, *like.shape[1:]), g) for g in generator]) if many else draw(like.shape, generator)
 
@@ -91,9 +90,9 @@ def _check_times(timesteps, alpha_bar):
     "The sampler's times as a list of integers, checked; `ValueError` if they break a rule."
     check_alpha_bar(alpha_bar)
     times = torch.as_tensor(timesteps).tolist()
-    require(len(times) > 0 and all(a > b for a, b in zip(times, times[1:])), f'timesteps={times} must be a non-empty descending list; use lcm_timesteps.')
+    require(len(times) > 0 and all(a > b for a, b in zip(times, times[1:])), lambda: f'timesteps={times} must be a non-empty descending list; use lcm_timesteps.')
     require(all(isinstance(t, int) for t in times) and 0 <= times[-1] and times[0] < len(alpha_bar),
-            f'timesteps={times} must be integers between 0 and {len(alpha_bar) - 1}; use lcm_timesteps with the T of this table.')
+            lambda: f'timesteps={times} must be integers between 0 and {len(alpha_bar) - 1}; use lcm_timesteps with the T of this table.')
     return times
 
 # %% ../nbs/03_consistency.ipynb #3f0db48b
@@ -124,9 +123,9 @@ def guide(
     """Classifier-free guidance in the convention of Algorithm 1, equation (9).
 
     Raises `ValueError` for mismatched shapes and for negative ω."""
-    require(eps_c.shape == eps_null.shape, f'eps_c has shape {tuple(eps_c.shape)} and eps_null {tuple(eps_null.shape)}, but they must be equal; evaluate both on one batch.')
+    require(eps_c.shape == eps_null.shape, lambda: f'eps_c has shape {tuple(eps_c.shape)} and eps_null {tuple(eps_null.shape)}, but they must be equal; evaluate both on one batch.')
     omega = torch.as_tensor(omega, dtype=eps_c.dtype, device=eps_c.device)
     require(omega.ndim == 0 or omega.shape == (len(eps_c), *[1]*(eps_c.ndim - 1)),
-            f'omega has shape {tuple(omega.shape)}, which must be () or {(len(eps_c), *[1]*(eps_c.ndim - 1))}; reshape it, or it would mix images.')
-    require(bool((omega >= 0).all()), f'omega={omega.flatten().tolist()} must not be negative; pass s - 1 for a pipeline\'s scale s, and 0 for no guidance.')
+            lambda: f'omega has shape {tuple(omega.shape)}, which must be () or {(len(eps_c), *[1]*(eps_c.ndim - 1))}; reshape it, or it would mix images.')
+    require(bool((omega >= 0).all()), lambda: f'omega={omega.flatten().tolist()} must not be negative; pass s - 1 for a pipeline\'s scale s, and 0 for no guidance.')
     return eps_c + omega*(eps_c - eps_null)

@@ -17,8 +17,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .core import require
-from .hub import load_transformer, read_tokenizer, variant_of
-from .teacher import Pipeline, alpha_bar_of, encode_captions, load_part, no_bars, open_folder, shipped
+from .folders import variant_of
+from .pipeline import load_transformer
+from .text import read_tokenizer
+from .folders import load_part, no_bars
+from .pipeline import Pipeline, alpha_bar_of, open_folder
+from .text import encode_captions
 from .transformer import PixArtTransformer, TransformerConfig
 
 # %% ../nbs/12_int8.ipynb #38ee5c54
@@ -56,7 +60,7 @@ class Int8Linear(nn.Module):
     "A linear layer with int8 weights, equation (6). It is made from an `nn.Linear` and only infers."
     def __init__(self, linear: nn.Linear, threshold: float = 6.):
         super().__init__()
-        require(threshold > 0, f'threshold is {threshold}, but must be positive: take 6, or float("inf") for no outliers.')
+        require(threshold > 0, lambda: f'threshold is {threshold}, but must be positive: take 6, or float("inf") for no outliers.')
         weight, scale = quantise_absmax(linear.weight.detach().float())                       # (M, K), (M, 1)
         self.register_buffer('weight', weight)
         self.register_buffer('scale', scale[:, 0].clone())
@@ -81,7 +85,7 @@ def quantise(
     "Replace the linear layers of a model by `Int8Linear`; `ValueError` where there is none."
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
              if isinstance(child, nn.Linear) and name not in skip]
-    require(len(found) > 0, f'{type(model).__name__} has no linear layer left to quantise: pass another model, or skip fewer names.')
+    require(len(found) > 0, lambda: f'{type(model).__name__} has no linear layer left to quantise: pass another model, or skip fewer names.')
     for parent, name, child in found: setattr(parent, name, Int8Linear(child, threshold))
     return model
 
@@ -113,7 +117,7 @@ def paper_part(
     from transformers import T5Config, T5EncoderModel
     make = {'text_encoder': lambda: T5EncoderModel(T5Config(**T5_XXL)), 'vae': lambda: AutoencoderKL(**SD_VAE),
             'transformer': lambda: PixArtTransformer(TransformerConfig(sample_size=resolution//8))}
-    require(name in make, f'{name!r} is no part of the pipeline: choose {", ".join(make)}.')
+    require(name in make, lambda: f'{name!r} is no part of the pipeline: choose {", ".join(make)}.')
     return make[name]().eval()
 
 # %% ../nbs/12_int8.ipynb #fad44c3e
@@ -125,7 +129,7 @@ def weight_bytes(
     exceptions: dict = {}, # last name of a layer -> bytes of an entry, such as {'wo': 4}
 ) -> int:
     "Bytes of the weights in a precision, tied ones once; `ValueError` on an unknown precision."
-    require(precision in FLOATS, f'precision is {precision!r}, but the ledger knows {", ".join(FLOATS)}: choose one of them.')
+    require(precision in FLOATS, lambda: f'precision is {precision!r}, but the ledger knows {", ".join(FLOATS)}: choose one of them.')
     total, seen = 0, set()
     for path, module in model.named_modules():
         each, matrix = exceptions.get(path.split('.')[-1]), precision == 'int8' and isinstance(module, nn.Linear)

@@ -5,17 +5,14 @@
 # %% auto #0
 __all__ = ['TARGETS', 'chosen_layers', 'LoRA', 'lora_layers', 'add_lora', 'remove_lora', 'lora_parameters', 'merge', 'unmerge',
            'base_only', 'from_peft_names', 'lora_state', 'read_lora', 'set_lora_state', 'save_lora', 'load_lora',
-           'one_model', 'adapter_of', 'lora_train', 'distill_lora', 'apply_lora']
+           'apply_lora']
 
-# %% ../nbs/10_lora.ipynb #10a00003
+# %% ../nbs/10_lora.ipynb #5cec3a47
 import contextlib, json, re
 from pathlib import Path
 import torch
-from torch import Tensor, nn
-from .core import load_tensors, require, save_tensors, write_atomic
-from .distill import Batch, draw_batch, lcd_step, load_latents
-from .training import EMA, adamw, train
-from .transformer import read_json
+from torch import nn
+from .core import load_tensors, read_json, require, save_tensors, write_atomic
 
 # %% ../nbs/10_lora.ipynb #10a0000f
 #: The layers of the released LCM-LoRA, by the end of their names; `proj` is the patch embedding, a convolution, as well as net.0.proj.
@@ -29,10 +26,10 @@ def chosen_layers(
     fits = lambda name, target: name == target or name.endswith('.' + target)
     names = dict(model.named_modules())
     idle = [t for t in targets if not any(fits(name, t) for name in names)]
-    require(len(targets) > 0 and not idle, f'targets {idle or list(targets)} match no layer of {type(model).__name__}; name layers such as to_q, or leave the default.')
+    require(len(targets) > 0 and not idle, lambda: f'targets {idle or list(targets)} match no layer of {type(model).__name__}; name layers such as to_q, or leave the default.')
     found = {name: layer for name, layer in names.items() if any(fits(name, t) for t in targets)}
     other = [name for name, layer in found.items() if not isinstance(layer, (nn.Linear, nn.Conv2d))]
-    require(not other, f'{other[0] if other else ""} is no linear or convolution layer, but LoRA needs a weight matrix; name its inner layers.')
+    require(not other, lambda: f'{other[0] if other else ""} is no linear or convolution layer, but LoRA needs a weight matrix; name its inner layers.')
     return found
 
 # %% ../nbs/10_lora.ipynb #10a00012
@@ -74,8 +71,8 @@ def add_lora(
     seed: int = 0 # of A
 ) -> nn.Module: # `model`
     "Attach an adapter that changes nothing yet (report §3.3); `ValueError` for a bad rank, α or target, or a second adapter."
-    require(isinstance(rank, int) and rank >= 1, f'rank is {rank!r}, but it must be a whole number of at least 1; pass for example 8.')
-    require(alpha > 0, f'alpha is {alpha}, but it must be positive, or the adapter has no effect; pass 8.')
+    require(isinstance(rank, int) and rank >= 1, lambda: f'rank is {rank!r}, but it must be a whole number of at least 1; pass for example 8.')
+    require(alpha > 0, lambda: f'alpha is {alpha}, but it must be positive, or the adapter has no effect; pass 8.')
     require(not lora_layers(model), 'The model has an adapter already, and holds one at a time; call remove_lora first.')
     layers = chosen_layers(model, targets)
     model.requires_grad_(False)
@@ -149,9 +146,9 @@ def from_peft_names(
     "One spelling for adapter tensors; `ValueError` names the keys that belong to no A and no B, and two adapters in one file."
     found = {name: _KEY.fullmatch(name) for name in state}
     unknown = [name for name, match in found.items() if not match]
-    require(not unknown, f'{len(unknown)} tensors are no LoRA weights, the first {unknown[:1]}; dropping them would change the model, so use a plain LoRA file.')
+    require(not unknown, lambda: f'{len(unknown)} tensors are no LoRA weights, the first {unknown[:1]}; dropping them would change the model, so use a plain LoRA file.')
     plain = {f'{match[1]}.lora_{match[2]}.weight': state[name] for name, match in found.items()}
-    require(len(plain) == len(state), f'{len(state)} tensors have only {len(plain)} names without their adapter\'s; save one adapter a file.')
+    require(len(plain) == len(state), lambda: f'{len(state)} tensors have only {len(plain)} names without their adapter\'s; save one adapter a file.')
     return plain
 
 def lora_state(
@@ -169,12 +166,12 @@ def read_lora(
 ) -> tuple: # settings, tensors under plain names
     "A peft folder; `ValueError` where a file is missing or damaged, or describes more than a plain LoRA."
     folder = Path(folder)
-    require((folder/'adapter_config.json').is_file(), f'{folder} has no adapter_config.json, so it is no adapter; pass the folder that holds it.')
+    require((folder/'adapter_config.json').is_file(), lambda: f'{folder} has no adapter_config.json, so it is no adapter; pass the folder that holds it.')
     settings = read_json(folder/'adapter_config.json')
     other = [key for key, plain in _PLAIN.items() if settings.get(key, plain) != plain]
-    require(not other, f'{folder/"adapter_config.json"} has {other[0] if other else ""} = {settings.get(other[0]) if other else ""!r}, but a plain LoRA is needed; merge it with peft, or train it without.')
-    require(isinstance(settings.get('target_modules'), list), f'{folder/"adapter_config.json"} has target_modules = {settings.get("target_modules")!r}, but a list of layers is needed; spell them out.')
-    require('r' in settings, f'{folder/"adapter_config.json"} lacks r, the rank, without which the scale is unknown; restore it.')
+    require(not other, lambda: f'{folder/"adapter_config.json"} has {other[0] if other else ""} = {settings.get(other[0]) if other else ""!r}, but a plain LoRA is needed; merge it with peft, or train it without.')
+    require(isinstance(settings.get('target_modules'), list), lambda: f'{folder/"adapter_config.json"} has target_modules = {settings.get("target_modules")!r}, but a list of layers is needed; spell them out.')
+    require('r' in settings, lambda: f'{folder/"adapter_config.json"} lacks r, the rank, without which the scale is unknown; restore it.')
     return settings, from_peft_names(load_tensors(folder/'adapter_model.safetensors'))
 
 # %% ../nbs/10_lora.ipynb #10a0002c
@@ -186,10 +183,10 @@ def set_lora_state(
     "Fill the adapter; `ValueError` names the first tensor that is missing, unknown or of another shape, and nothing is changed then."
     mine = lora_state(model)
     for kind, names in (('lacks', mine.keys() - state.keys()), ('has unknown', state.keys() - mine.keys())):
-        require(not names, f'The adapter {kind} {len(names)} tensors, the first {sorted(names)[:1]}; it was made for another model or other targets.')
+        require(not names, lambda: f'The adapter {kind} {len(names)} tensors, the first {sorted(names)[:1]}; it was made for another model or other targets.')
     wrong = [name for name in sorted(mine) if mine[name].shape != state[name].shape]
     first = wrong[0] if wrong else None
-    require(not wrong, f'{len(wrong)} tensors do not fit, the first {first}: {tuple(state[first].shape) if wrong else ()} where the model needs '
+    require(not wrong, lambda: f'{len(wrong)} tensors do not fit, the first {first}: {tuple(state[first].shape) if wrong else ()} where the model needs '
             f'{tuple(mine[first].shape) if wrong else ()}; use the model and the rank that the adapter was trained with.')
     for name, p in mine.items(): p.copy_(state[name])
     return len(mine)
@@ -204,7 +201,7 @@ def save_lora(
     lora_parameters(model)
     state = {f'base_model.model.{name}': p.detach().to(dtype) for name, p in lora_state(model).items()}
     broken = [name for name, p in state.items() if not p.isfinite().all()]
-    require(not broken, f'{len(broken)} tensors are not finite in {dtype}, the first {broken[:1]}; save in torch.float32, or look for a diverged run.')
+    require(not broken, lambda: f'{len(broken)} tensors are not finite in {dtype}, the first {broken[:1]}; save in torch.float32, or look for a diverged run.')
     settings = {'peft_type': 'LORA', 'base_model_name_or_path': None, 'bias': 'none', 'inference_mode': True, 'lora_dropout': 0., **model.lora_settings}
     save_tensors(Path(folder)/'adapter_model.safetensors', state)
     write_atomic(Path(folder)/'adapter_config.json', lambda path: path.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8'))
@@ -218,104 +215,12 @@ def load_lora(
     settings, state = read_lora(folder)
     names = [name for name, _ in model.named_modules()]
     targets = [t for t in settings['target_modules'] if any(name == t or name.endswith('.' + t) for name in names)]
-    require(len(targets) > 0, f'{folder} adapts {settings["target_modules"][:3]}, which match no layer of {type(model).__name__}; use the model it was trained on.')
+    require(len(targets) > 0, lambda: f'{folder} adapts {settings["target_modules"][:3]}, which match no layer of {type(model).__name__}; use the model it was trained on.')
     add_lora(model, settings['r'], settings.get('lora_alpha', 8), targets)
     try: return set_lora_state(model, state)
     except ValueError:
         remove_lora(model)
         raise
-
-# %% ../nbs/10_lora.ipynb #10a00037
-@contextlib.contextmanager
-def _swapped(adapter, other):
-    "Inside `with`, the layers use `other`'s tensors; one that needs no gradient, since backward runs after the way back."
-    def swap():
-        for p, q in zip(adapter.parameters(), other.parameters()): p.data, q.data = q.data, p.data
-    swap()
-    try: yield
-    finally: swap()
-
-# %% ../nbs/10_lora.ipynb #4b0cc6ba
-def one_model(
-    model: nn.Module, # with an adapter
-    ema: EMA | None = None # slow average of `adapter_of(model)`; None for the stop-gradient student
-) -> tuple: # student, target, teacher for `lcd_step`
-    "The three networks of Algorithm 1, out of one model."
-    adapter = adapter_of(model)
-    def teacher(*inputs, **conditions):
-        with base_only(model): return model(*inputs, **conditions)
-    def target(*inputs, **conditions):
-        with _swapped(adapter, ema.module): return model(*inputs, **conditions)
-    return model, model if ema is None else target, teacher
-
-# %% ../nbs/10_lora.ipynb #65106c53
-def adapter_of(
-    model: nn.Module # with an adapter
-) -> nn.ModuleList: # the LoRA modules in the order of the layers
-    "The adapter as one module, for checkpoints and averages."
-    return nn.ModuleList(lora for _, lora in lora_layers(model).values())
-
-# %% ../nbs/10_lora.ipynb #10a0003a
-def lora_train(
-    model: nn.Module, # with an adapter; its base is the teacher
-    data: Batch, # all rows of D_z, in any float dtype, on the CPU
-    alpha_bar: Tensor, # (T,) table of ᾱ
-    out: str | Path, # folder of checkpoint and log
-    steps: int = 5000, # optimiser steps
-    batch_size: int = 16, # rows a step
-    lr: float = 2e-5, # AdamW's rate after warm-up
-    omega: float = 3.5, # guidance ω = s - 1
-    k: int = 20, # skip (steps)
-    mu: float = 0., # EMA decay of the target; 0 for the stop-gradient student
-    seed: int = 0, # of batches, n and noise
-    warmup: int = 100, # steps of linear warm-up
-    clip: float = 0.01, # gradient norm, 0 for none
-    eight_bit: bool = False, # AdamW's moments in 8 bits
-    resume: bool = False, # continue where `out` holds a checkpoint
-    **engine # log, until, log_every, save_every, progress, schedule of `training.train`
-) -> list: # records of the loss; the adapter of `model` is trained in place
-    """Algorithm 1 on an adapter; its checkpoint holds no base weight, and it stops and resumes bit for bit (report §3.3).
-
-    Raises `ValueError` without an adapter, for a merged one, μ outside [0, 1], an empty data set and a checkpoint of another run."""
-    require(0 <= mu <= 1, f'mu={mu} must lie between 0 and 1, as it weighs the past of the target; pass 0.95.')
-    require(len(data.z) == len(data.caption) > 0, f'{len(data.z)} latents and {len(data.caption)} captions were given; D_z needs one caption a latent.')
-    parameters, adapter, generator = lora_parameters(model.eval()), adapter_of(model), torch.Generator().manual_seed(seed)
-    optimiser, ema = adamw(parameters, lr, eight_bit, eps=1e-10), EMA(adapter) if mu else None
-    networks, device = one_model(model, ema), parameters[0].device
-    def step_fn(step, steps):
-        batch = Batch(*(v if v is None else v.to(device) for v in draw_batch(data, batch_size, generator)))
-        return lcd_step(*networks, batch, alpha_bar, omega, k, generator)
-    config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, mu=mu, seed=seed, warmup=warmup, clip=clip, eight_bit=eight_bit, **model.lora_settings)
-    engine.setdefault('schedule', lambda step, steps: min(1., (step + 1)/max(warmup, 1)))
-    state = {'adapter': adapter, 'adamw': optimiser, 'generator': generator} | ({'target': ema} if mu else {})
-    after = (lambda step, steps: ema.update(adapter, mu)) if mu else None
-    return train(step_fn, state, steps, out, resume, clip=clip, after=after, config=config, **engine)
-
-# %% ../nbs/10_lora.ipynb #10a0004d
-def distill_lora(
-    pipeline: str | Path | None, # folder of the teacher; None for the shipped one
-    latents: str | Path, # file of D_z, or a Batch
-    out: str | Path, # receives checkpoint, log and, at the end, the adapter as out/lora
-    steps: int = 1000, # optimiser steps
-    rank: int = 8, # r of equation (1)
-    alpha: float = 8., # α of equation (1)
-    lr: float = 1e-4, # AdamW's rate
-    omega: float = 3.5, # guidance ω = s - 1
-    k: int = 20, # skip (steps)
-    mu: float = 0., # EMA decay of the target; 0 for the stop-gradient student
-    resume: bool = False, # continue where `out` holds a checkpoint
-    device: str = 'cpu', # where the network runs
-    **options # batch_size, seed, warmup, clip, eight_bit and the engine's, see `lora_train`
-) -> list: # records of the loss
-    "Distil a teacher's folder into an adapter (report §3.3)."
-    from pixart_delta_nb.teacher import load_pipeline, save_card
-    pipe, data = load_pipeline(pipeline), latents if isinstance(latents, Batch) else load_latents(latents)
-    model = add_lora(pipe.transformer.to(device), rank, alpha)
-    log = lora_train(model, data, pipe.alpha_bar, out, steps, lr=lr, omega=omega, k=k, mu=mu, resume=resume, **options)
-    if (options.get('until') or steps) >= steps:
-        save_lora(model, Path(out)/'lora')
-        save_card(Path(out)/'lora', rank=rank, alpha=alpha, omega=omega, k=k, mu=mu, lr=lr, steps=steps)
-    return log
 
 # %% ../nbs/10_lora.ipynb #10a0004e
 def apply_lora(
@@ -324,9 +229,9 @@ def apply_lora(
 ) -> int: # how many tensors were applied
     "Make a teacher's pipeline a student's; `ValueError` if the adapter does not fit, or the pipeline is a student already."
     from pixart_delta_nb.sampling import is_student
-    from pixart_delta_nb.teacher import check_files
+    from pixart_delta_nb.folders import check_files
     require(not is_student(pipe), 'The pipeline holds a student already, but an adapter is a change to its teacher; load the teacher.')
-    require(Path(folder).is_dir(), f'{folder} is not a folder, but an adapter is one; pass the folder of adapter_config.json.')
+    require(Path(folder).is_dir(), lambda: f'{folder} is not a folder, but an adapter is one; pass the folder of adapter_config.json.')
     card = check_files(Path(folder))
     applied = load_lora(pipe.transformer, folder)
     remove_lora(merge(pipe.transformer))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from .core import require
-from .training import gathered, split_like
+from .core import gathered, split_like
 from .transformer import Block
 
 # %% ../nbs/15_scale.ipynb #e570c67a
@@ -32,7 +32,7 @@ class JoinRows(torch.autograd.Function):
 # %% ../nbs/15_scale.ipynb #f6e8f520
 def own_rows(total, processes, rank):
     "Indices of a process's rows, equally many for each; the last row repeats where they do not divide. Raises ValueError with more processes than rows."
-    require(total >= processes, f'the batch has {total} rows for {processes} processes, but each needs one at least: choose a larger batch or fewer processes.')
+    require(total >= processes, lambda: f'the batch has {total} rows for {processes} processes, but each needs one at least: choose a larger batch or fewer processes.')
     each = -(-total//processes)
     return torch.arange(rank*each, (rank + 1)*each).clamp_max(total - 1)            # (each,)
 
@@ -108,7 +108,7 @@ def start():
     "The Accelerator of this process, on the CPU where there is no GPU. Raises ValueError for float16."
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    require(accelerator.mixed_precision in ('no', 'bf16'), f'mixed_precision is {accelerator.mixed_precision}, which needs a scaled loss: set it to bf16 or no.')
+    require(accelerator.mixed_precision in ('no', 'bf16'), lambda: f'mixed_precision is {accelerator.mixed_precision}, which needs a scaled loss: set it to bf16 or no.')
     return accelerator
 
 def accelerated(network, accelerator=None):
@@ -125,7 +125,7 @@ class _Twice:
 def checkpoint_blocks(network, kind=Block):
     "Let every block of a class keep its inputs alone. network: changed in place, and returned. kind: class of the blocks. Raises ValueError where there is none."
     blocks = [m for m in network.modules() if isinstance(m, kind) and not isinstance(m, _Twice)]
-    require(len(blocks) > 0, f'the network has no {kind.__name__} that is not yet computed twice, but one is needed: pass kind, the class of its blocks.')
+    require(len(blocks) > 0, lambda: f'the network has no {kind.__name__} that is not yet computed twice, but one is needed: pass kind, the class of its blocks.')
     twice = {cls: type(cls.__name__, (_Twice, cls), {}) for cls in {type(b) for b in blocks}}
     for block in blocks: block.__class__ = twice[type(block)]
     return network
@@ -133,14 +133,15 @@ def checkpoint_blocks(network, kind=Block):
 # %% ../nbs/15_scale.ipynb #1b77346c
 def open_rows(latents, config):
     "Rows of D_z from a file, a folder of shards (streamed), or a Batch. config: of the transformer that reads them."
-    from pixart_delta_nb.distill import Batch, load_latents
+    from pixart_delta_nb.data import open_latents
+    from pixart_delta_nb.latents import Batch
     from pixart_delta_nb.shards import streamed
     if isinstance(latents, Batch): return latents
-    return streamed(latents, config.use_additional_conditions) if Path(latents).is_dir() else load_latents(latents)
+    return streamed(latents, config.use_additional_conditions) if Path(latents).is_dir() else open_latents(latents)
 
 def begin_many(pipeline, latents, recompute):
     "The Accelerator, the teacher's Pipeline in float32 on the CPU, and the rows. recompute: activations computed twice."
-    from pixart_delta_nb.teacher import load_pipeline
+    from pixart_delta_nb.pipeline import load_pipeline
     accelerator, pipe = start(), load_pipeline(pipeline)
     if recompute: checkpoint_blocks(pipe.transformer)
     return accelerator, pipe, open_rows(latents, pipe.transformer.config)
@@ -155,7 +156,7 @@ def distill_many(pipeline, latents, out, steps=5000, recompute=False, **options)
 
     pipeline: folder or hub id of the teacher. latents: as in `open_rows`. recompute: activations computed twice. options: of `lcd_train`."""
     from pixart_delta_nb.distill import lcd_train
-    from pixart_delta_nb.teacher import save_pipeline
+    from pixart_delta_nb.pipeline import save_pipeline
     accelerator, pipe, data = begin_many(pipeline, latents, recompute)
     student = accelerated(pipe.transformer, accelerator)
     teacher = copy.deepcopy(student)
@@ -168,9 +169,10 @@ def distill_many(pipeline, latents, out, steps=5000, recompute=False, **options)
 
 def lora_many(pipeline, latents, out, steps=1000, rank=32, alpha=8., recompute=False, **options):
     "LCM-LoRA in every process of the launcher; process 0 writes the adapter as out/lora. rank, alpha: of `add_lora`. options: of `lora_train`. Raises ValueError for an averaged target under FSDP."
-    from pixart_delta_nb.lora import add_lora, lora_train, save_lora
+    from pixart_delta_nb.lcm_lora import lora_train
+    from pixart_delta_nb.lora import add_lora, save_lora
     accelerator, pipe, data = begin_many(pipeline, latents, recompute)
-    require(not (options.get('mu') and is_sharded(accelerator)), f'mu is {options.get("mu")}, but an averaged target of an adapter cannot be swapped in where weights are cut: pass mu=0, or launch with ddp.yaml.')
+    require(not (options.get('mu') and is_sharded(accelerator)), lambda: f'mu is {options.get("mu")}, but an averaged target of an adapter cannot be swapped in where weights are cut: pass mu=0, or launch with ddp.yaml.')
     model = accelerated(add_lora(pipe.transformer, rank, alpha), accelerator)
     log = lora_train(model, data, pipe.alpha_bar, out, steps, **options)
     plain = model.plain()
@@ -180,7 +182,8 @@ def lora_many(pipeline, latents, out, steps=1000, rank=32, alpha=8., recompute=F
 # %% ../nbs/15_scale.ipynb #1b77346d
 def teach_many(pipeline, latents, out, steps=20000, recompute=False, **options):
     "The teacher of a folder trained further in every process of the launcher; process 0 writes out/pipeline. options: of `train_teacher`."
-    from pixart_delta_nb.teacher import save_pipeline, train_teacher
+    from pixart_delta_nb.pipeline import save_pipeline
+    from pixart_delta_nb.teacher import train_teacher
     accelerator, pipe, rows = begin_many(pipeline, latents, recompute)
     data = {'latents': rows.z, 'captions': rows.caption, 'mask': rows.mask, 'null': rows.null, **rows.conditions}
     pipe.transformer = train_teacher(data, out, steps, transformer=accelerated(pipe.transformer, accelerator), device=accelerator.device, **options).plain().cpu()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear_betas', 'scaled_linear_betas', 'alpha_bar_from_betas', 'snr', 'log_snr', 'continuous_alpha_bar',
-           'check_alpha_bar', 'at', 'add_noise', 'eps_to_x0', 'x0_to_eps', 'to_v', 'v_to_x0', 'v_to_eps',
+           'check_alpha_bar', 'at', 'add_noise', 'eps_to_x0', 'x0_to_eps', 'to_v', 'v_to_x0', 'v_to_eps', 'skip_grid',
            'gaussian_eps', 'gaussian_x0']
 
 # %% ../nbs/01_schedules.ipynb #9f17e424
@@ -16,9 +16,9 @@ from .core import require
 # %% ../nbs/01_schedules.ipynb #8e54671c
 def _check_betas(T, beta_start, beta_end):
     "The rules of both schedules."
-    require(isinstance(T, int) and T >= 1, f'T is {T!r}; a schedule needs at least one step, so pass T=1000.')
+    require(isinstance(T, int) and T >= 1, lambda: f'T is {T!r}; a schedule needs at least one step, so pass T=1000.')
     require(0 < beta_start <= beta_end < 1,
-            f'beta_start={beta_start} and beta_end={beta_end}; they must satisfy 0 < start <= end < 1, so check both.')
+            lambda: f'beta_start={beta_start} and beta_end={beta_end}; they must satisfy 0 < start <= end < 1, so check both.')
 
 # %% ../nbs/01_schedules.ipynb #dc7e23b3
 def linear_betas(
@@ -45,16 +45,16 @@ def alpha_bar_from_betas(
     betas: Tensor, # (T,) in (0, 1)
 ) -> Tensor: # (T,) float64, decreasing
     "Share of the data's variance left after each step, equation (2); `ValueError` on betas outside (0, 1)."
-    require(betas.ndim == 1 and len(betas) > 0, f'betas has shape {tuple(betas.shape)}; it must be (T,), so flatten it.')
+    require(betas.ndim == 1 and len(betas) > 0, lambda: f'betas has shape {tuple(betas.shape)}; it must be (T,), so flatten it.')
     require(bool(((betas > 0) & (betas < 1)).all()),
-            f'betas spans [{betas.min():.3g}, {betas.max():.3g}]; each must lie in (0, 1), so check the schedule.')
+            lambda: f'betas spans [{betas.min():.3g}, {betas.max():.3g}]; each must lie in (0, 1), so check the schedule.')
     return (1 - betas.double()).cumprod(0)
 
 # %% ../nbs/01_schedules.ipynb #a07042d9
 def _check_share(alpha_bar):
     "The rule of both ratios."
     require(bool(((alpha_bar >= 0) & (alpha_bar <= 1)).all()),
-            f'alpha_bar spans [{alpha_bar.min():.3g}, {alpha_bar.max():.3g}]; it must lie in [0, 1], so pass ᾱ, not betas or σ.')
+            lambda: f'alpha_bar spans [{alpha_bar.min():.3g}, {alpha_bar.max():.3g}]; it must lie in [0, 1], so pass ᾱ, not betas or σ.')
 
 
 def snr(
@@ -82,7 +82,7 @@ def continuous_alpha_bar(
     "Limit of `linear_betas` for ever smaller steps, equation (4); `ValueError` outside [0, 1]."
     _check_betas(T, beta_start, beta_end)
     require(bool(((tau >= 0) & (tau <= 1)).all()),
-            f'tau spans [{tau.min():.3g}, {tau.max():.3g}]; it must lie in [0, 1], so divide timesteps by T={T}.')
+            lambda: f'tau spans [{tau.min():.3g}, {tau.max():.3g}]; it must lie in [0, 1], so divide timesteps by T={T}.')
     tau = tau.double()
     return (-T * (beta_start * tau + (beta_end - beta_start) * tau**2 / 2)).exp()
 
@@ -92,10 +92,10 @@ def check_alpha_bar(
 ) -> None:
     "Raise `ValueError` unless `alpha_bar` is a table in [0, 1] that decreases."
     require(alpha_bar.ndim == 1 and len(alpha_bar) > 0,
-            f'alpha_bar has shape {tuple(alpha_bar.shape)}; it must be a table (T,), so use alpha_bar_from_betas.')
+            lambda: f'alpha_bar has shape {tuple(alpha_bar.shape)}; it must be a table (T,), so use alpha_bar_from_betas.')
     first, last = alpha_bar[0].item(), alpha_bar[-1].item()
     require(0 <= last and first <= 1 and bool((alpha_bar[1:] < alpha_bar[:-1]).all()),
-            f'alpha_bar runs from {first:.4g} to {last:.4g} and must decrease within [0, 1]; pass ᾱ of alpha_bar_from_betas, not betas or SNR.')
+            lambda: f'alpha_bar runs from {first:.4g} to {last:.4g} and must decrease within [0, 1]; pass ᾱ of alpha_bar_from_betas, not betas or SNR.')
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -111,10 +111,10 @@ def at(
     "ᾱ at each image's timestep, ready to broadcast; `ValueError` on a wrong table, shape, type or timestep."
     check_alpha_bar(alpha_bar)
     require(t.ndim == 1 and len(t) > 0 and t.shape[0] in (1, like.shape[0]) and not t.is_floating_point(),
-            f't is {t.dtype} of shape {tuple(t.shape)}; it must be integers, one per image of {like.shape[0]}, so use a LongTensor.')
+            lambda: f't is {t.dtype} of shape {tuple(t.shape)}; it must be integers, one per image of {like.shape[0]}, so use a LongTensor.')
     low, high = (int(n) for n in t.aminmax())
     require(0 <= low and high < len(alpha_bar),
-            f't spans [{low}, {high}]; it must lie in 0..{len(alpha_bar) - 1}, so clamp it or use a longer schedule.')
+            lambda: f't spans [{low}, {high}]; it must lie in 0..{len(alpha_bar) - 1}, so clamp it or use a longer schedule.')
     chosen = alpha_bar[t.to(alpha_bar.device)].to(like.device, _wide(like))      # (B,)
     return chosen.reshape(-1, *[1] * (like.ndim - 1))                            # (B, 1, 1, ...)
 
@@ -123,11 +123,11 @@ def _widen(alpha_bar_t, *tensors):
     "Factors √ᾱ and √(1-ᾱ), then the tensors, all in float32 at least."
     x = tensors[0]
     require(all(y.shape == x.shape for y in tensors),
-            f'the tensors have shapes {[tuple(y.shape) for y in tensors]}; they must be equal, or broadcasting would mix images, so reshape them.')
+            lambda: f'the tensors have shapes {[tuple(y.shape) for y in tensors]}; they must be equal, or broadcasting would mix images, so reshape them.')
     require(alpha_bar_t.ndim in (0, x.ndim) and all(n in (1, m) for n, m in zip(alpha_bar_t.shape, x.shape)),
-            f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)} for data of {tuple(x.shape)}; it must broadcast, so use at(alpha_bar, t, x).')
+            lambda: f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)} for data of {tuple(x.shape)}; it must broadcast, so use at(alpha_bar, t, x).')
     low, high = (n.item() for n in alpha_bar_t.aminmax())
-    require(0 <= low and high <= 1, f'alpha_bar_t spans [{low:.3g}, {high:.3g}]; it must lie in [0, 1], so check the schedule.')
+    require(0 <= low and high <= 1, lambda: f'alpha_bar_t spans [{low:.3g}, {high:.3g}]; it must lie in [0, 1], so check the schedule.')
     a = alpha_bar_t.to(torch.promote_types(alpha_bar_t.dtype, torch.float32))
     return [y.to(x.device, _wide(x)) for y in (a.sqrt(), (1 - a).sqrt(), *tensors)]
 
@@ -193,6 +193,15 @@ def v_to_eps(
     a, s, x_t, v = _widen(alpha_bar_t, x_t, v)
     return s * x_t + a * v
 
+# %% ../nbs/01_schedules.ipynb #e889883c
+def skip_grid(
+    k: int = 20, # skipping interval, a divisor of T
+    T: int = 1000, # number of training timesteps
+) -> Tensor: # (T/k,) integers k-1, 2k-1, ..., T-1
+    "Times that the distillation visits, ascending (report, §2 and Algorithm 1; [19, 39, ..., 999] as in the released code)."
+    require(isinstance(k, int) and 1 <= k <= T and T % k == 0, lambda: f'k is {k}; it must divide T={T}, so pass for example k=20.')
+    return torch.arange(k - 1, T, k)
+
 # %% ../nbs/01_schedules.ipynb #cb0d75c4
 def gaussian_eps(
     x_t: Tensor, # (B, ...) noisy data
@@ -200,7 +209,7 @@ def gaussian_eps(
     std: float, # standard deviation s of the data, above 0
 ) -> Tensor: # (B, ...)
     "Best noise prediction for data from N(0, s²), equation (9)."
-    require(std > 0, f'std is {std}; the data must vary, so pass a positive number.')
+    require(std > 0, lambda: f'std is {std}; the data must vary, so pass a positive number.')
     a, s, x_t = _widen(alpha_bar_t, x_t)
     return s / (a**2 * std**2 + s**2) * x_t
 
@@ -211,6 +220,6 @@ def gaussian_x0(
     std: float, # standard deviation s of the data, above 0
 ) -> Tensor: # (B, ...)
     "End of the probability-flow ODE from `x_t` for data from N(0, s²), equation (10)."
-    require(std > 0, f'std is {std}; the data must vary, so pass a positive number.')
+    require(std > 0, lambda: f'std is {std}; the data must vary, so pass a positive number.')
     a, s, x_t = _widen(alpha_bar_t, x_t)
     return x_t * std / (a**2 * std**2 + s**2).sqrt()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mixture', 'mixture_log_prob', 'mixture_eps', 'mixture_mean', 'pf_ode_map', 'ddim_step', 'ddim_sample', 'euler_sample',
-           'heun_sample', 'dpm_solver_pp_2m', 'dpm_timesteps', 'skip_grid']
+           'heun_sample', 'dpm_solver_pp_2m', 'dpm_timesteps']
 
 # %% ../nbs/02_solvers.ipynb #884c3a78
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .core import require
 from .schedules import add_noise, check_alpha_bar, eps_to_x0, log_snr
+from .core import at_least_float32
 
 # %% ../nbs/02_solvers.ipynb #e8f618bc
 @dataclass(frozen=True)
@@ -28,26 +29,26 @@ class Mixture:
     def __post_init__(self):
         K = len(self.weight)
         require(self.weight.shape == self.std.shape == (K,) and self.mean.ndim == 2 and len(self.mean) == K,
-                f'weight, mean and std have shapes {[tuple(y.shape) for y in (self.weight, self.mean, self.std)]}; they must be (K,), (K, D) and (K,).')
+                lambda: f'weight, mean and std have shapes {[tuple(y.shape) for y in (self.weight, self.mean, self.std)]}; they must be (K,), (K, D) and (K,).')
         require(bool((self.weight > 0).all()) and abs(self.weight.sum().item() - 1) < 1e-6,
-                f'weight is {self.weight.tolist()}; it must be positive and sum to one, so divide it by its sum.')
-        require(bool((self.std > 0).all()), f'std is {self.std.tolist()}; each cluster must have a width, so pass positive numbers.')
+                lambda: f'weight is {self.weight.tolist()}; it must be positive and sum to one, so divide it by its sum.')
+        require(bool((self.std > 0).all()), lambda: f'std is {self.std.tolist()}; each cluster must have a width, so pass positive numbers.')
 
     def given(self, clusters: Sequence[int]) -> 'Mixture': # the data that a caption describes
         "Keep some clusters, which is conditioning on a caption that names them; `ValueError` for one that is not there."
         require(len(clusters) > 0 and all(0 <= i < len(self.weight) for i in clusters),
-                f'clusters is {list(clusters)}; it must name some of 0..{len(self.weight) - 1}, so pass for example [0].')
+                lambda: f'clusters is {list(clusters)}; it must name some of 0..{len(self.weight) - 1}, so pass for example [0].')
         return Mixture(self.weight[clusters] / self.weight[clusters].sum(), self.mean[clusters], self.std[clusters])
 
 # %% ../nbs/02_solvers.ipynb #1ff9f28b
 def _parts(x_t, alpha_bar_t, data):
     "Distances to the noised centres (B, K, D), noised variances (B, K) and log w_i N_i (B, K), equation (5)."
     D = data.mean.shape[1]
-    require(x_t.ndim == 2 and x_t.shape[1] == D, f'x_t has shape {tuple(x_t.shape)}; it must be (B, {D}) for these data, so reshape it.')
+    require(x_t.ndim == 2 and x_t.shape[1] == D, lambda: f'x_t has shape {tuple(x_t.shape)}; it must be (B, {D}) for these data, so reshape it.')
     require(alpha_bar_t.shape in ((), (1, 1), (len(x_t), 1)),
-            f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)}; it must be a scalar or ({len(x_t)}, 1), so use at(alpha_bar, t, x_t).')
+            lambda: f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)}; it must be a scalar or ({len(x_t)}, 1), so use at(alpha_bar, t, x_t).')
     ab = alpha_bar_t.to(data.mean).reshape(-1, 1)                                  # (B or 1, 1)
-    require(bool(((ab >= 0) & (ab <= 1)).all()), f'alpha_bar_t spans [{ab.min():.3g}, {ab.max():.3g}]; it must lie in [0, 1], so check the schedule.')
+    require(bool(((ab >= 0) & (ab <= 1)).all()), lambda: f'alpha_bar_t spans [{ab.min():.3g}, {ab.max():.3g}]; it must lie in [0, 1], so check the schedule.')
     away = x_t[:, None] - ab.sqrt()[..., None] * data.mean                         # (B, K, D)
     variance = ab * data.std**2 + 1 - ab                                           # (B or 1, K)
     return away, variance, data.weight.log() - (away**2).sum(-1) / (2 * variance) - D / 2 * (2 * math.pi * variance).log()
@@ -72,7 +73,7 @@ def mixture_eps(
     away, variance, log_share = _parts(x_t, alpha_bar_t, data)
     if among is not None:
         require(among.shape == log_share.shape and bool(among.any(1).all()),
-                f'among has shape {tuple(among.shape)}; it must be {tuple(log_share.shape)} with a True in each row, so name a cluster for each.')
+                lambda: f'among has shape {tuple(among.shape)}; it must be {tuple(log_share.shape)} with a True in each row, so name a cluster for each.')
         log_share = log_share.masked_fill(~among, -math.inf)
     share = log_share.softmax(-1) / variance                                       # (B, K)
     return (1 - alpha_bar_t).sqrt().to(share) * (share[..., None] * away).sum(1)
@@ -111,14 +112,14 @@ def pf_ode_map(
 ) -> Tensor: # (B, ...) float64
     "Follow the probability-flow ODE to `tol`: equation (4), steps doubled until two answers agree; `ValueError` if they never do."
     start, end = (torch.as_tensor(ab, dtype=torch.float64) for ab in (alpha_bar_t, alpha_bar_s))
-    require(0 < start <= 1 and 0 < end <= 1, f'alpha_bar runs from {start:.4g} to {end:.4g}; both must lie in (0, 1], so pass ᾱ of a timestep.')
+    require(0 < start <= 1 and 0 < end <= 1, lambda: f'alpha_bar runs from {start:.4g} to {end:.4g}; both must lie in (0, 1], so pass ᾱ of a timestep.')
     u, u_end = ((20 * ((1 - ab) / ab).sqrt()).asinh() for ab in (start, end))
     x_bar, coarse = x_t.double() / start.sqrt(), None
     for steps in (2**j for j in range(5, 14)):
         fine = _runge_kutta(eps_field, x_bar, u, u_end, steps)
         if coarse is not None and ((fine - coarse).abs().max() * end.sqrt() < tol): return fine * end.sqrt()
         coarse = fine
-    require(False, f'tol is {tol}; 8192 steps do not reach it on this field, so pass a larger tol or a smoother field.')
+    require(False, lambda: f'tol is {tol}; 8192 steps do not reach it on this field, so pass a larger tol or a smoother field.')
 
 # %% ../nbs/02_solvers.ipynb #4293a65e
 def ddim_step(
@@ -138,14 +139,14 @@ def _intervals(
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]: # index, t, ᾱ_t and the next ᾱ, scalars on the CPU
     "The steps of a sampler; `ValueError` on timesteps off the table, and on tables that do not decrease."
     check_alpha_bar(alpha_bar)
-    require(0 < alpha_bar_end <= 1, f'alpha_bar_end is {alpha_bar_end}; it must lie in (0, 1], so pass 1 for a clean result.')
+    require(0 < alpha_bar_end <= 1, lambda: f'alpha_bar_end is {alpha_bar_end}; it must lie in (0, 1], so pass 1 for a clean result.')
     times = torch.as_tensor(timesteps).tolist()
     require(len(times) > 0, 'timesteps is empty; a sampler needs at least one, so pass for example [999].')
-    require(all(t == int(t) for t in times), f'timesteps is {times[:8]}; each must be an integer of the table, so round them.')
+    require(all(t == int(t) for t in times), lambda: f'timesteps is {times[:8]}; each must be an integer of the table, so round them.')
     times = [int(t) for t in times]
-    require(all(a > b for a, b in zip(times, times[1:])), f'timesteps is {times[:8]}; it must descend, so sort and deduplicate it.')
+    require(all(a > b for a, b in zip(times, times[1:])), lambda: f'timesteps is {times[:8]}; it must descend, so sort and deduplicate it.')
     require(times[-1] >= 0 and times[0] < len(alpha_bar),
-            f'timesteps spans [{times[-1]}, {times[0]}]; it must lie in 0..{len(alpha_bar) - 1}, so rescale it.')
+            lambda: f'timesteps spans [{times[-1]}, {times[0]}]; it must lie in 0..{len(alpha_bar) - 1}, so rescale it.')
     ends = torch.cat([alpha_bar.double().cpu()[times], torch.tensor([alpha_bar_end], dtype=torch.float64)])
     for i, t in enumerate(times): yield i, t, ends[i], ends[i + 1]
 
@@ -153,13 +154,8 @@ def _intervals(
 def _eps(eps_model, x: Tensor, t: int) -> Tensor:
     "Predicted noise at timestep `t`, the same for the whole batch, in the precision of `x`."
     eps = eps_model(x, torch.full((x.shape[0],), t, device=x.device, dtype=torch.long))
-    require(eps.shape == x.shape, f'eps_model returned shape {tuple(eps.shape)} for x of {tuple(x.shape)}; drop its learned-variance channels first.')
+    require(eps.shape == x.shape, lambda: f'eps_model returned shape {tuple(eps.shape)} for x of {tuple(x.shape)}; drop its learned-variance channels first.')
     return eps.to(x.dtype)
-
-
-def _float(x: Tensor) -> Tensor:
-    "float32 unless it is float64 already."
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/02_solvers.ipynb #f24cd0f1
 def ddim_sample(
@@ -171,7 +167,7 @@ def ddim_sample(
     alpha_bar_end: float = 1., # ᾱ of the result; 1 is clean
 ) -> Tensor: # (B, ...) float32 at least
     "DDIM sampling, equation (7) repeated; one evaluation a step."
-    x = _float(x)
+    x = at_least_float32(x)
     for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
         x = ddim_step(x, _eps(eps_model, x, t), ab_t, ab_s)
         if callback: callback(i, t, x)
@@ -197,7 +193,7 @@ def euler_sample(
     alpha_bar_end: float = 1., # ᾱ of the result; 1 is clean
 ) -> Tensor: # (B, ...) float32 at least
     "Euler's method in σ/α, equation (9); the same map as `ddim_sample`."
-    x = _float(x)
+    x = at_least_float32(x)
     for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
         x = _euler(x, _eps(eps_model, x, t), ab_t, ab_s)
         if callback: callback(i, t, x)
@@ -213,7 +209,7 @@ def heun_sample(
     alpha_bar_end: float = 1., # ᾱ of the result; 1 is clean
 ) -> Tensor: # (B, ...) float32 at least
     "Heun's method in σ/α, equation (10); two evaluations a step, except for the last."
-    x = _float(x)
+    x = at_least_float32(x)
     for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
         slope = _eps(eps_model, x, t)
         if i + 1 < len(timesteps):
@@ -239,7 +235,7 @@ def dpm_solver_pp_2m(
     alpha_bar_end: float = 1., # ᾱ of the result; 1 is clean
 ) -> Tensor: # (B, ...) float32 at least
     "Second-order multistep DPM-Solver++, equations (12) and (13): PixArt-α's own sampler; one evaluation a step."
-    x, previous, h = _float(x), None, None
+    x, previous, h = at_least_float32(x), None, None
     for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
         x0 = eps_to_x0(x, _eps(eps_model, x, t), ab_t)
         x, h = _dpm_update(x, x0, previous if i + 1 < len(timesteps) else None, ab_t, ab_s, h)
@@ -253,14 +249,5 @@ def dpm_timesteps(
     T: int = 1000, # number of training timesteps
 ) -> Tensor: # (steps,) integers, descending from T-1
     "Evenly spaced timesteps of diffusers' DPMSolverMultistepScheduler (`linspace`); the clean end is left out."
-    require(isinstance(steps, int) and 1 <= steps < T, f'steps is {steps}; it must be an integer in 1..{T - 1}, so pass for example steps=14.')
+    require(isinstance(steps, int) and 1 <= steps < T, lambda: f'steps is {steps}; it must be an integer in 1..{T - 1}, so pass for example steps=14.')
     return torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long().flip(0)[:-1]
-
-# %% ../nbs/02_solvers.ipynb #e889883c
-def skip_grid(
-    k: int = 20, # skipping interval, a divisor of T
-    T: int = 1000, # number of training timesteps
-) -> Tensor: # (T/k,) integers k-1, 2k-1, ..., T-1
-    "Times that the distillation visits, ascending (report, §2 and Algorithm 1; [19, 39, ..., 999] as in the released code)."
-    require(isinstance(k, int) and 1 <= k <= T and T % k == 0, f'k is {k}; it must divide T={T}, so pass for example k=20.')
-    return torch.arange(k - 1, T, k)

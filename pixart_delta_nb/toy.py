@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from .consistency import consistency_function
 from .core import require
-from .schedules import add_noise, at, check_alpha_bar, eps_to_x0, gaussian_eps, log_snr
-from .solvers import Mixture, ddim_step, mixture_eps, pf_ode_map, skip_grid
+from .schedules import add_noise, at, check_alpha_bar, eps_to_x0, gaussian_eps, log_snr, skip_grid
+from .solvers import Mixture, ddim_step, mixture_eps, pf_ode_map
 
 # %% ../nbs/04_toy.ipynb #4e979183
 class Captioned(NamedTuple):
@@ -40,7 +40,7 @@ def ring(
 ) -> Captioned:
     "A ring of Gaussians; `ValueError` unless `classes` divides `clusters`, and for a width that is not positive."
     require(classes >= 1 and clusters >= 1 and clusters % classes == 0,
-            f'classes is {classes}; it must divide clusters={clusters}, so pass for example classes=4, clusters=8.')
+            lambda: f'classes is {classes}; it must divide clusters={clusters}, so pass for example classes=4, clusters=8.')
     every = torch.ones(clusters, dtype=torch.float64)
     angle = 2*math.pi*(every.cumsum(0) - .5)/clusters
     return Captioned(Mixture(every/clusters, torch.stack([angle.cos(), angle.sin()], 1), std*every), torch.arange(clusters)//(clusters//classes))
@@ -52,7 +52,7 @@ def draw(
     generator: torch.Generator, # source of the draw
 ) -> tuple: # points (count, 2) float32 and labels (count,)
     "Points of a mixture of equal weights, with their classes; `ValueError` for fewer than one."
-    require(count >= 1, f'count is {count}; there must be something to draw, so pass at least 1.')
+    require(count >= 1, lambda: f'count is {count}; there must be something to draw, so pass at least 1.')
     j = torch.randint(len(world.classes), (count,), generator=generator)
     noise = torch.randn(count, 2, generator=generator)
     return world.data.mean.float()[j] + world.data.std.float()[j, None]*noise, world.classes[j]
@@ -68,11 +68,11 @@ def exact_eps(
     """Best noise prediction for captioned data, guided by equation (1) (report, Algorithm 1).
 
     Raises `ValueError` for a negative ω, a wrong shape or a label that the data lack."""
-    require(omega >= 0, f'omega is {omega}; guidance is cond + ω(cond - uncond) with ω at least 0, so pass s - 1 if you think in s.')
+    require(omega >= 0, lambda: f'omega is {omega}; guidance is cond + ω(cond - uncond) with ω at least 0, so pass s - 1 if you think in s.')
     require(x.ndim == 2 and x.shape[1] == 2 and label.shape == x.shape[:1],
-            f'x has shape {tuple(x.shape)} and label {tuple(label.shape)}; they must be (B, 2) and (B,), so give one label a point.')
+            lambda: f'x has shape {tuple(x.shape)} and label {tuple(label.shape)}; they must be (B, 2) and (B,), so give one label a point.')
     require(bool(((label >= 0) & (label <= world.null)).all()),
-            f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{world.null}, where {world.null} is the null label.')
+            lambda: f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{world.null}, where {world.null} is the null label.')
     eps = mixture_eps(x, alpha_bar_t, world.data, world.named(label))
     if omega: eps = eps + omega*(eps - mixture_eps(x, alpha_bar_t, world.data))
     return eps.to(x.dtype)
@@ -88,7 +88,7 @@ def exact_map(
     tol: float = 1e-4, # largest error, in the unit of the data
 ) -> Tensor: # (B, 2) float64, the end of each trajectory
     "The guided PF-ODE from `x` to clean data: the consistency function that Algorithm 1 looks for; `ValueError` for a time outside the table."
-    require(isinstance(t, int) and 0 <= t < len(alpha_bar), f't is {t}; it must be an integer in 0..{len(alpha_bar) - 1}, so round and clamp it.')
+    require(isinstance(t, int) and 0 <= t < len(alpha_bar), lambda: f't is {t}; it must be an integer in 0..{len(alpha_bar) - 1}, so round and clamp it.')
     return pf_ode_map(lambda x, ab: exact_eps(x, ab, label, world, omega), x, alpha_bar[t], tol=tol)
 
 # %% ../nbs/04_toy.ipynb #5de3c83f
@@ -102,7 +102,7 @@ class ToyNet(nn.Module):
     ):
         super().__init__()
         check_alpha_bar(alpha_bar)
-        require(data_std > 0, f'data_std is {data_std}; the data must vary, so pass a positive number.')
+        require(data_std > 0, lambda: f'data_std is {data_std}; the data must vary, so pass a positive number.')
         self.labels, self.data_std = classes + 1, data_std
         self.register_buffer('alpha_bar', alpha_bar)
         self.body = nn.Sequential(nn.Linear(19 + self.labels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
@@ -114,7 +114,7 @@ class ToyNet(nn.Module):
         y, u = x/scale, log_snr(ab)
         waves = [f(y*w) for w in (1.5, 3.) for f in (torch.sin, torch.cos)]                      # 4 of (B, 2)
         waves += [f(u*math.pi/22*2**j) for j in range(4) for f in (torch.sin, torch.cos)]        # 8 of (B, 1)
-        require(bool(((label >= 0) & (label < self.labels)).all()), f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{self.labels - 1}, where {self.labels - 1} is the null label.')
+        require(bool(((label >= 0) & (label < self.labels)).all()), lambda: f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{self.labels - 1}, where {self.labels - 1} is the null label.')
         words = nn.functional.one_hot(label, self.labels).to(x)
         left = self.body(torch.cat([y, u/8, *waves, words], 1))
         return gaussian_eps(x, ab, self.data_std) - ab.sqrt()*self.data_std/scale*left           # (B, 2)
@@ -129,7 +129,7 @@ def fit_eps(
     seed: int = 0, # of the draws
 ) -> ToyNet: # `network`
     "Regress a network on `exact_eps` without guidance; `ValueError` for fewer than one step."
-    require(steps >= 1 and batch >= 1, f'steps is {steps} and batch {batch}; both must be at least 1, so pass for example 1500 and 512.')
+    require(steps >= 1 and batch >= 1, lambda: f'steps is {steps} and batch {batch}; both must be at least 1, so pass for example 1500 and 512.')
     g, ab_table = torch.Generator().manual_seed(seed), network.alpha_bar
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.)
     for i in range(steps):
@@ -163,15 +163,15 @@ class Recipe:
     adam_eps: float = 1e-8  # ε of AdamW
 
     def __post_init__(self):
-        require(self.omega >= 0, f'omega is {self.omega}; guidance ω = s - 1 must not be negative, so pass 0 for none.')
-        require(0 <= self.mu < 1, f'mu is {self.mu}; the EMA needs 0 <= mu < 1, or the target never moves, so pass 0.95.')
-        require(self.huber > 0, f'huber is {self.huber}; it must be positive, or the gradient is undefined at zero, so pass 0.001.')
-        require(min(self.steps, self.batch, self.k) >= 1, f'steps={self.steps}, batch={self.batch}, k={self.k}; each must be at least 1.')
-        require(self.first in ('clamp', 'clean', 'skip'), f"first is {self.first!r}; it must be 'clamp', 'clean' or 'skip'.")
-        require(self.pairs in ('solver', 'noise'), f"pairs is {self.pairs!r}; it must be 'solver' or 'noise'.")
-        require(self.pairs == 'solver' or self.omega == 0, f'omega is {self.omega}; without a teacher there is nothing to guide, so pass omega=0.')
-        require(0 <= self.drop < 1 and self.clip >= 0, f'drop={self.drop}, clip={self.clip}; they need 0 <= drop < 1 and clip >= 0.')
-        require(self.lr > 0 and self.adam_eps > 0, f'lr={self.lr}, adam_eps={self.adam_eps}; AdamW needs both positive, so pass 1e-3 and 1e-8.')
+        require(self.omega >= 0, lambda: f'omega is {self.omega}; guidance ω = s - 1 must not be negative, so pass 0 for none.')
+        require(0 <= self.mu < 1, lambda: f'mu is {self.mu}; the EMA needs 0 <= mu < 1, or the target never moves, so pass 0.95.')
+        require(self.huber > 0, lambda: f'huber is {self.huber}; it must be positive, or the gradient is undefined at zero, so pass 0.001.')
+        require(min(self.steps, self.batch, self.k) >= 1, lambda: f'steps={self.steps}, batch={self.batch}, k={self.k}; each must be at least 1.')
+        require(self.first in ('clamp', 'clean', 'skip'), lambda: f"first is {self.first!r}; it must be 'clamp', 'clean' or 'skip'.")
+        require(self.pairs in ('solver', 'noise'), lambda: f"pairs is {self.pairs!r}; it must be 'solver' or 'noise'.")
+        require(self.pairs == 'solver' or self.omega == 0, lambda: f'omega is {self.omega}; without a teacher there is nothing to guide, so pass omega=0.')
+        require(0 <= self.drop < 1 and self.clip >= 0, lambda: f'drop={self.drop}, clip={self.clip}; they need 0 <= drop < 1 and clip >= 0.')
+        require(self.lr > 0 and self.adam_eps > 0, lambda: f'lr={self.lr}, adam_eps={self.adam_eps}; AdamW needs both positive, so pass 1e-3 and 1e-8.')
 
 # %% ../nbs/04_toy.ipynb #c3835174
 def jump(
@@ -246,8 +246,8 @@ def energy_distance(
     b: Tensor, # (M, D) points
 ) -> float: # unbiased, so it can fall slightly below 0
     "Equation (6), averaged over distinct pairs; `ValueError` for fewer than two points or unlike dimensions."
-    require(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1], f'a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be (N, D) and (M, D).')
-    require(min(len(a), len(b)) >= 2, f'a has {len(a)} points and b {len(b)}; a pair needs two, so draw more.')
+    require(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1], lambda: f'a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be (N, D) and (M, D).')
+    require(min(len(a), len(b)) >= 2, lambda: f'a has {len(a)} points and b {len(b)}; a pair needs two, so draw more.')
     a, b = a.detach().double(), b.detach().double()
     within = lambda x: torch.cdist(x, x).sum().item()/(len(x)*(len(x) - 1))
     return 2*torch.cdist(a, b).mean().item() - within(a) - within(b)

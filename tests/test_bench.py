@@ -2,12 +2,14 @@
 import json
 import pytest
 import torch
-from pixart_delta_nb import bench as module
-from pixart_delta_nb.bench import (CAPTION, GraphedTransformer, TABLE_2, bench, counted_flops, derived, encode_flops, matmul_peak, predicted_ratio,
-                                   random_pipeline, random_weights, table, transformer_flops)
+from pixart_delta_nb.evidence.bench import bench as module
+from pixart_delta_nb.evidence.bench import (CAPTION, GraphedTransformer, TABLE_2, bench, counted_flops, derived,
+    encode_flops, matmul_peak, predicted_ratio, random_pipeline, random_weights, table, transformer_flops)
 from pixart_delta_nb.hub import choose_dtype, precisions
 from pixart_delta_nb.sampling import tiny_pipeline
-from pixart_delta_nb.teacher import build_vae, encode_captions, save_pipeline
+from pixart_delta_nb.pipeline import save_pipeline
+from pixart_delta_nb.text import encode_captions
+from pixart_delta_nb.world.autoencoder import build_vae
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
 TINY = TransformerConfig(num_attention_heads=3, attention_head_dim=16, num_layers=2, sample_size=16, caption_channels=32, use_additional_conditions=True)
@@ -55,7 +57,7 @@ def test_bench_counts_evaluations_and_writes_what_it_returns(tiny, tmp_path):
 
 def test_bench_times_a_students_folder_as_teacher_and_as_student(tmp_path, monkeypatch):
     import diffusers
-    from pixart_delta_nb.teacher import BETAS
+    from pixart_delta_nb.pipeline import BETAS
     pipe = tiny_pipeline()
     save_pipeline(pipe, tmp_path)
     (tmp_path/'card.json').unlink()
@@ -66,7 +68,7 @@ def test_bench_times_a_students_folder_as_teacher_and_as_student(tmp_path, monke
     assert [m['evaluations'] for m in found['methods'].values()] == [2, 1] and found['memory']['parts'].keys() == {'text_encoder', 'transformer', 'vae'}
 
 def test_operations_of_a_caption_by_hand():
-    from pixart_delta_nb.teacher import build_text_encoder
+    from pixart_delta_nb.world.language import build_text_encoder
     with torch.device('meta'): text = build_text_encoder(50, d_model=24, d_kv=8, num_heads=2, d_ff=40, num_layers=3)
     weights, attention = 2*(4*24*16 + 3*24*40)*7, 2*2*7*7*16
     assert encode_flops(text, 7) == 3*(weights + attention)

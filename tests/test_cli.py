@@ -56,7 +56,8 @@ def test_teacher_takes_guidance(tmp_path, capsys):
 
 def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(tmp_path):
     from pixart_delta_nb.core import load_tensors
-    from pixart_delta_nb.teacher import load_pipeline, shipped
+    from pixart_delta_nb.folders import shipped
+    from pixart_delta_nb.pipeline import load_pipeline
     data, vae, teacher = (str(tmp_path/n) for n in ('data', 'vae', 'teacher'))
     cli.main(['render', '--out', data, '--count', '8'])
     cli.main(['train-vae', '--data', data, '--out', vae, '--steps', '1', '--decoder-of', str(shipped('teacher')/'vae')])
@@ -69,9 +70,9 @@ def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(tmp_p
 
 @pytest.fixture
 def edges(tmp_path):
-    from pixart_delta_nb.conditions import truth
+    from pixart_delta_nb.world.truths import truth
     from pixart_delta_nb.sampling import to_pil
-    from pixart_delta_nb.scenes import make
+    from pixart_delta_nb.world.words import make
     to_pil(truth(make(555, 3)[0], 'edges')/2 + .5)[0].save(tmp_path/'edges.png')
     return str(tmp_path/'edges.png')
 
@@ -90,7 +91,7 @@ def test_a_condition_that_the_controlnet_was_not_trained_on_is_refused(tmp_path,
 
 
 def test_a_lora_makes_the_teacher_a_student(tmp_path, capsys):
-    from pixart_delta_nb.teacher import shipped
+    from pixart_delta_nb.folders import shipped
     cli.main(['generate', 'a red cube on sand', '--lora', str(shipped('lora')), '--out', str(tmp_path/'x.png')])
     assert '4 network evaluations' in capsys.readouterr().out
     assert failed(['generate', 'a red cube', '--lora', str(tmp_path), '--out', str(tmp_path/'y.png')], capsys)[0] == 1
@@ -103,7 +104,8 @@ def test_bench_refuses_steps_that_are_no_numbers(tmp_path, capsys):
 
 def test_controlnet_is_trained_saved_and_used(tmp_path, capsys):
     from pixart_delta_nb.controlnet import load_controlnet
-    from pixart_delta_nb.teacher import load_pipeline, precompute, save_pipeline
+    from pixart_delta_nb.data import precompute
+    from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
     data, teacher, out = (tmp_path/n for n in ('data', 'teacher', 'out'))
     cli.main(['render', '--out', str(data), '--count', '4'])
     pipe = load_pipeline()
@@ -167,7 +169,7 @@ def test_a_folder_in_the_place_of_the_picture_is_refused(tmp_path, capsys):
 
 def test_another_pipeline_draws(tmp_path):
     from pixart_delta_nb.sampling import tiny_pipeline
-    from pixart_delta_nb.teacher import save_pipeline
+    from pixart_delta_nb.pipeline import save_pipeline
     save_pipeline(tiny_pipeline(), tmp_path/'mine')
     cli.main(['generate', 'a red cube', '--pipeline', str(tmp_path/'mine'), '--steps', '2', '--out', str(tmp_path/'x.png')])
     assert Image.open(tmp_path/'x.png').size[0] > 0

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_delta_nb.conditions import (CONDITIONS, blur, closed_gap, depth_error, edge_f_score, empty_worlds, extract, fidelity, gradient,
-                                        hard_edges, load_picture, mask_iou, soft_edges, truth)
-from pixart_delta_nb.scenes import Scene, Thing, make, render
+from pixart_delta_nb.conditions import (CONDITIONS, blur, closed_gap, depth_error, edge_f_score, extract, fidelity,
+    gradient, hard_edges, load_picture, mask_iou, soft_edges)
+from pixart_delta_nb.world.truths import empty_worlds, truth
+from pixart_delta_nb.world.raytracer import render
+from pixart_delta_nb.world.words import Scene, Thing, make
 
 SCENE = Scene('centre', [Thing('sphere', 'red', 'large', 0., 0., 0.)], 'grass', 'clear')
 

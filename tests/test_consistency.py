@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pixart_delta_nb.consistency import (boundary_scalings, consistency_function, guide, lcm_timesteps,
-                                         multistep_consistency_sample, released_timesteps)
+    multistep_consistency_sample, released_timesteps)
 from pixart_delta_nb.schedules import add_noise, alpha_bar_from_betas, at, linear_betas
 
 ALPHA_BAR = alpha_bar_from_betas(linear_betas())

@@ -1,9 +1,13 @@
 """Ablation of the ControlNet: runs that resume, sentences that follow from numbers, figures from stored numbers alone."""
 import json
 import pytest, torch
-from pixart_delta_nb.control import (RUNS, control_data, control_snapshots, draw_control, draw_control_cost, draw_fig5, draw_fig6, ends, held_out, jumps, obey, run_control, run_control_cost,
-                                     run_fig5, run_fig6, run_fig12, run_folder, tell_control_cost, tell_fig5, tell_fig6)
-from pixart_delta_nb.results import tiny_kit
+from pixart_delta_nb.evidence.control import draw_control, run_control
+from pixart_delta_nb.evidence.control_cost import draw_control_cost, run_control_cost, tell_control_cost
+from pixart_delta_nb.evidence.fig12 import run_fig12
+from pixart_delta_nb.evidence.fig5 import draw_fig5, ends, run_fig5, tell_fig5
+from pixart_delta_nb.evidence.fig6 import draw_fig6, jumps, run_fig6, tell_fig6
+from pixart_delta_nb.evidence.control_runs import RUNS, control_data, control_snapshots, held_out, obey, run_folder
+from pixart_delta_nb.evidence.kit import tiny_kit
 
 
 @pytest.fixture(scope='module')

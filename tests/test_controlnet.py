@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_delta_nb.controlnet import (ENTRIES, Controlled, ControlNetTransformer, adapter_flops, adapter_parameters,
-                                        convert_released, example_inputs, load_controlnet, measure_control, measure_cost, precompute_control,
-                                        sample_controlled, save_controlnet, train_controlnet)
-from pixart_delta_nb.metrics import Evaluator
+from pixart_delta_nb.controlnet import (ControlNetTransformer, Controlled, ENTRIES, convert_released, load_controlnet,
+    sample_controlled, save_controlnet, train_controlnet)
+from pixart_delta_nb.data import precompute_control
+from pixart_delta_nb.evidence.control import measure_control
+from pixart_delta_nb.evidence.control_cost import adapter_flops, adapter_parameters, example_inputs, measure_cost
+from pixart_delta_nb.evidence.judge import Evaluator
 from pixart_delta_nb.sampling import sample_student, tiny_pipeline
-from pixart_delta_nb.teacher import guided_eps
-from pixart_delta_nb.transformer import WEIGHTS, PixArtTransformer, TransformerConfig, caption_bias, unpatchify
+from pixart_delta_nb.sampling import guided_eps
+from pixart_delta_nb.folders import WEIGHTS
+from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig, caption_bias, unpatchify
 
 
 def config(**changes):
@@ -346,7 +349,8 @@ def measured(pipe, net, **options):
 
 def test_a_fresh_controlnet_closes_no_gap_and_an_obedient_one_all_of_it(monkeypatch):
     from pixart_delta_nb import controlnet
-    from pixart_delta_nb.scenes import make, render
+    from pixart_delta_nb.world.raytracer import render
+    from pixart_delta_nb.world.words import make
     pipe = tiny_pipeline()
     net = ControlNetTransformer(pipe.transformer, 1)
     found = measured(pipe, net)

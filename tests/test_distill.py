@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from pixart_delta_nb.core import save_tensors
-from pixart_delta_nb.distill import (Batch, benchmark_step, draw_batch, guided_teacher_eps, lcd_step, lcd_train, load_latents,
-                                     pair_with_null, predict_eps, pseudo_huber)
+from pixart_delta_nb.data import draw_batch, load_latents
+from pixart_delta_nb.latents import Batch
+from pixart_delta_nb.distill import guided_teacher_eps, lcd_step, lcd_train, pair_with_null, predict_eps, pseudo_huber
+from pixart_delta_nb.evidence.benchmarks import benchmark_step
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
@@ -241,9 +243,9 @@ def test_disagreement_8_a_captions_mask_over_the_null_caption_is_another_input(n
 
 
 def test_folder_to_folder_is_the_loop_and_is_known_as_a_student(tmp_path):
-    from pixart_delta_nb.distill import distill
+    from pixart_delta_nb.stages import distill
     from pixart_delta_nb.sampling import fixed_omega, is_student, tiny_pipeline
-    from pixart_delta_nb.teacher import load_pipeline, save_pipeline
+    from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
     tiny, g = tiny_pipeline(), torch.Generator().manual_seed(0)
     save_pipeline(tiny, tmp_path/'teacher')
     rows = Batch(torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 5, 32, generator=g), torch.ones(4, 5), torch.randn(1, 1, 32, generator=g))

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from pixart_delta_nb import costs, figures, learning, peers, results
-from pixart_delta_nb.figures import FIGURES
-from pixart_delta_nb.learning import WORKSHOP
-from pixart_delta_nb.peers import SOLVERS
-from pixart_delta_nb.results import Method
-from pixart_delta_nb.scores import ROWS
+from pixart_delta_nb.evidence.figures import FIGURES
+from pixart_delta_nb.evidence.runs import WORKSHOP
+from pixart_delta_nb.evidence.peers import SOLVERS
+from pixart_delta_nb.evidence.kit import Method
+from pixart_delta_nb.evidence.attributes import ROWS
 from pixart_delta_nb.sampling import sample_student
-from pixart_delta_nb.teacher import BETAS
+from pixart_delta_nb.pipeline import BETAS
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -188,9 +188,9 @@ def test_table2_counts_evaluations(kit):
 
 def test_usual_step_has_the_gradient_of_the_step_here(kit):
     from pixart_delta_nb.distill import lcd_step
-    from pixart_delta_nb.results import real_images
-    from pixart_delta_nb.scenes import make
-    from pixart_delta_nb.teacher import null_caption
+    from pixart_delta_nb.evidence.kit import real_images
+    from pixart_delta_nb.world.words import make
+    from pixart_delta_nb.text import null_caption
     teacher, pipe = kit.teacher.transformer, kit.teacher
     rows, grads = costs._rows(learning.training_data(pipe, 2), 2, 'cpu'), []
     for usual in (False, True):

@@ -2,11 +2,16 @@
 import json, os, shutil, struct, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from pixart_delta_nb.hub import (binned_size, choose_dtype, load_transformer, local_folder, part_map, placement, read_sentencepiece, read_tokenizer, resize_and_crop,
-                                 variant_of)
+from pixart_delta_nb.folders import local_folder, variant_of
+from pixart_delta_nb.pipeline import load_transformer
+from pixart_delta_nb.hub import binned_size, choose_dtype, part_map, placement, resize_and_crop
+from pixart_delta_nb.text import read_sentencepiece, read_tokenizer
 from pixart_delta_nb.int8 import low_memory_pipeline
 from pixart_delta_nb.sampling import generate, initial_latents, is_student, sample_teacher
-from pixart_delta_nb.teacher import BETAS, build_text_encoder, build_vae, encode_captions, load_pipeline
+from pixart_delta_nb.pipeline import BETAS, load_pipeline
+from pixart_delta_nb.text import encode_captions
+from pixart_delta_nb.world.language import build_text_encoder
+from pixart_delta_nb.world.autoencoder import build_vae
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
 CAPTION = 'a red cube'

@@ -3,11 +3,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from pixart_delta_nb.int8 import (Int8Linear, LiveBytes, StoredCaptions, imagined, int_product, lcd_peak, load_8bit_encoder,
-                                  low_memory_pipeline, paper_part, peak_memory, product_error, quantise, quantise_absmax,
-                                  tensor_bytes, training_ledger, weight_bytes)
+from pixart_delta_nb.int8 import (Int8Linear, LiveBytes, StoredCaptions, imagined, int_product, lcd_peak,
+    load_8bit_encoder, low_memory_pipeline, paper_part, peak_memory, product_error, quantise, quantise_absmax,
+    tensor_bytes, training_ledger, weight_bytes)
 from pixart_delta_nb.sampling import sample_student, tiny_pipeline
-from pixart_delta_nb.teacher import encode_captions
+from pixart_delta_nb.text import encode_captions
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
 SMALL = TransformerConfig(num_attention_heads=2, attention_head_dim=16, num_layers=4, sample_size=8, caption_channels=32, use_additional_conditions=False)
@@ -147,7 +147,7 @@ def test_low_memory_pipeline_refuses_a_folder_that_is_none(tmp_path):
 
 def test_low_memory_pipeline_draws_without_a_text_encoder(tmp_path):
     pytest.importorskip('bitsandbytes', reason='8-bit loading needs bitsandbytes')
-    from pixart_delta_nb.teacher import save_pipeline
+    from pixart_delta_nb.pipeline import save_pipeline
     whole = tiny_pipeline()
     save_pipeline(whole, tmp_path)
     low = low_memory_pipeline(CAPTIONS, tmp_path, dtype=torch.float32)

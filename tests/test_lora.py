@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from pixart_delta_nb.core import load_tensors, save_tensors
-from pixart_delta_nb.distill import Batch, lcd_step, lcd_train
-from pixart_delta_nb.lora import (LoRA, TARGETS, adapter_of, add_lora, apply_lora, base_only, chosen_layers, distill_lora, from_peft_names,
-                                  load_lora, lora_layers, lora_parameters, lora_train, merge, one_model, remove_lora,
-                                  save_lora, unmerge)
+from pixart_delta_nb.latents import Batch
+from pixart_delta_nb.distill import lcd_step, lcd_train
+from pixart_delta_nb.lcm_lora import adapter_of, lora_train, one_model
+from pixart_delta_nb.lora import (LoRA, TARGETS, add_lora, apply_lora, base_only, chosen_layers, from_peft_names,
+    load_lora, lora_layers, lora_parameters, merge, remove_lora, save_lora, unmerge)
+from pixart_delta_nb.stages import distill_lora
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
-from pixart_delta_nb.training import EMA
+from pixart_delta_nb.optimisers import EMA
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
 ALPHA_BAR = alpha_bar_from_betas(linear_betas())
@@ -329,7 +331,7 @@ def test_loop_refuses_a_model_without_adapter(base, rows, tmp_path):
 def test_folder_to_folder(tmp_path):
     pytest.importorskip('diffusers')
     from pixart_delta_nb.sampling import generate, is_student, tiny_pipeline
-    from pixart_delta_nb.teacher import save_pipeline
+    from pixart_delta_nb.pipeline import save_pipeline
     pipe = tiny_pipeline()
     save_pipeline(pipe, tmp_path/'teacher')
     width = pipe.transformer.config.caption_channels
@@ -346,7 +348,7 @@ def test_folder_to_folder(tmp_path):
 def test_a_damaged_adapter_is_refused_by_its_card(tmp_path):
     pytest.importorskip('diffusers')
     from pixart_delta_nb.sampling import tiny_pipeline
-    from pixart_delta_nb.teacher import save_card
+    from pixart_delta_nb.folders import save_card
     pipe = tiny_pipeline()
     save_lora(add_lora(copy.deepcopy(pipe.transformer), 2), tmp_path)
     save_card(tmp_path, omega=3.5)
@@ -356,8 +358,9 @@ def test_a_damaged_adapter_is_refused_by_its_card(tmp_path):
 
 
 def test_teacher_and_target_of_one_model_take_micro_conditions():
-    from pixart_delta_nb.lora import adapter_of, add_lora, one_model
-    from pixart_delta_nb.training import EMA
+    from pixart_delta_nb.lcm_lora import adapter_of, one_model
+    from pixart_delta_nb.lora import add_lora
+    from pixart_delta_nb.optimisers import EMA
     from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
     torch.manual_seed(0)
     model = add_lora(PixArtTransformer(TransformerConfig(num_attention_heads=3, attention_head_dim=8, num_layers=1, sample_size=8, caption_channels=6, use_additional_conditions=True)), rank=2)

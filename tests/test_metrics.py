@@ -5,7 +5,8 @@ import numpy as np, pytest, scipy.linalg, torch
 import torch.nn as nn, torch.nn.functional as F
 import pixart_delta_nb
 from pixart_delta_nb import metrics
-from pixart_delta_nb.scenes import ATTRIBUTES, Scene, attributes, make, render
+from pixart_delta_nb.world.raytracer import render
+from pixart_delta_nb.world.words import ATTRIBUTES, Scene, attributes, make
 
 NAMES = list(ATTRIBUTES)
 SHIPPED = Path(pixart_delta_nb.__file__).parent/'weights/evaluator/evaluator.safetensors'

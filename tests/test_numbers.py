@@ -55,8 +55,8 @@ def measured() -> set:
 
 def computed() -> list:
     "The sentences and table cells that the package computes from the stored numbers, intervals and means among them."
-    from pixart_delta_nb.figures import FIGURES
-    from pixart_delta_nb.results import rows_of
+    from pixart_delta_nb.evidence.figures import FIGURES
+    from pixart_delta_nb.evidence.results import rows_of
     read = lambda path: json.loads(path.read_text(encoding='utf-8'))
     told = [entry.tell(read(path)) for entry in FIGURES.values() if (path := ROOT/f'results/{entry.file}.json').is_file()]
     return told + [cell for name in ('reproduce', 'evaluate') for row in rows_of(read(ROOT/f'results/{name}/results.json'))[1] for cell in row]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pixart_delta_nb.consistency import lcm_timesteps
 from pixart_delta_nb.sampling import (decode, generate, initial_latents, latent_shape, make_generators, sample_student,
-                                      sample_teacher, tiny_pipeline, to_pil)
+    sample_teacher, tiny_pipeline, to_pil)
 
 CAPTIONS = ['a red cube on grass', ' A small blue SPHERE at night', '']
 SEEDS = [11, 12, 13]
@@ -133,7 +133,8 @@ def test_pictures_refuse_values_outside_the_unit_interval():
 
 def test_the_shipped_student_draws_the_same_in_stock_diffusers():
     from diffusers import LCMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-    from pixart_delta_nb.teacher import load_pipeline, shipped
+    from pixart_delta_nb.folders import shipped
+    from pixart_delta_nb.pipeline import load_pipeline
     caption, noise = 'a large red cube in front of a small blue sphere, on grass at sunset', dict(num_inference_steps=4, guidance_scale=1.)
     transformer = PixArtTransformer2DModel.from_pretrained(shipped('student'), torch_dtype=torch.float32)
     stock = PixArtAlphaPipeline.from_pretrained(shipped('teacher'), transformer=transformer, torch_dtype=torch.float32,

@@ -6,13 +6,18 @@ import pytest, torch
 from torch import nn
 from pixart_delta_nb.controlnet import train_controlnet
 from pixart_delta_nb.core import load_tensors, save_tensors
-from pixart_delta_nb.distill import Batch, lcd_train
-from pixart_delta_nb.lora import add_lora, lora_train
-from pixart_delta_nb.scale import Rows, accelerated, checkpoint_blocks, distill_many, lora_many, main, own_rows, start, teach_many
+from pixart_delta_nb.latents import Batch
+from pixart_delta_nb.distill import lcd_train
+from pixart_delta_nb.lcm_lora import lora_train
+from pixart_delta_nb.lora import add_lora
+from pixart_delta_nb.scale import (Rows, accelerated, checkpoint_blocks, distill_many, lora_many, main, own_rows, start,
+    teach_many)
 from pixart_delta_nb.sampling import tiny_pipeline
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
-from pixart_delta_nb.teacher import load_pipeline, save_pipeline, train_teacher
-from pixart_delta_nb.training import EMA, optimisers, train
+from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
+from pixart_delta_nb.teacher import train_teacher
+from pixart_delta_nb.optimisers import EMA, optimisers
+from pixart_delta_nb.training import train
 from pixart_delta_nb.transformer import Block, PixArtTransformer, TransformerConfig
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from pixart_delta_nb import scores
-from pixart_delta_nb.metrics import Evaluator
-from pixart_delta_nb.scenes import ATTRIBUTES, attributes, make, render
+from pixart_delta_nb.evidence.judge import Evaluator
+from pixart_delta_nb.world.raytracer import render
+from pixart_delta_nb.world.words import ATTRIBUTES, attributes, make
 
 CAPTIONS = [make('test scores', i)[1] for i in range(40)]
 

@@ -6,10 +6,14 @@ import pytest, torch
 from PIL import Image
 from pixart_delta_nb import shards
 from pixart_delta_nb.core import load_tensors
-from pixart_delta_nb.scenes import FolderDataset
-from pixart_delta_nb.shards import (ShardReader, aspect_bins, check_shards, encoder_operations, fit, measure_precompute, nearest_bin, precompute_shards,
-                                    read_source, storage_bytes, streamed)
-from pixart_delta_nb.teacher import build_text_encoder, build_tokenizer, build_vae
+from pixart_delta_nb.pictures import FolderDataset
+from pixart_delta_nb.pictures import aspect_bins, fit, nearest_bin, read_source
+from pixart_delta_nb.evidence.precompute_speed import measure_precompute
+from pixart_delta_nb.shards import (ShardReader, check_shards, encoder_operations, precompute_shards, storage_bytes,
+    streamed)
+from pixart_delta_nb.text import build_tokenizer
+from pixart_delta_nb.world.language import build_text_encoder
+from pixart_delta_nb.world.autoencoder import build_vae
 
 OPTIONS = dict(size=96, shard_size=4, batch=2, dtype='float32', workers=2, progress=False)
 SIZES = ((64, 64), (60, 90), (90, 60))
@@ -226,7 +230,7 @@ def test_batches_depend_on_seed_and_step_alone(made):
 
 
 def test_captions_of_a_batch_are_those_of_its_rows(made, pipe):
-    from pixart_delta_nb.teacher import encode_captions, null_caption
+    from pixart_delta_nb.text import encode_captions, null_caption
     reader = ShardReader(made[0], 2)
     where = torch.cat([load_tensors(made[0]/s['file'])['row'] for s in reader.images])
     for step in range(len(reader)):
@@ -290,7 +294,8 @@ def test_rows_of_other_bins_move_into_that_of_the_first(made):
 
 
 def test_loops_stream_from_the_disk_what_they_would_read_from_memory(pipe, rows, tmp_path):
-    from pixart_delta_nb.distill import Batch, lcd_train
+    from pixart_delta_nb.latents import Batch
+    from pixart_delta_nb.distill import lcd_train
     from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
     from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
     precompute_shards(rows[::3], pipe, tmp_path/'square', **OPTIONS)

@@ -1,11 +1,17 @@
 "Building, saving, loading and training the teacher's parts, on miniatures."
 import json, shutil, subprocess, sys, warnings
 import pytest, torch
-from pixart_delta_nb.scenes import ATTRIBUTES, attributes, make
+from pixart_delta_nb.world.words import ATTRIBUTES, attributes, make
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
-from pixart_delta_nb.teacher import (BETAS, Pipeline, alpha_bar_of, build_text_encoder, build_tokenizer, build_vae, drop_captions, encode_captions,
-                                     guided_eps, initialise, load_pipeline, loss_weight, null_caption, precompute, save_card, save_pipeline,
-                                     train_teacher, train_text_encoder, train_vae)
+from pixart_delta_nb.data import precompute
+from pixart_delta_nb.folders import save_card
+from pixart_delta_nb.pipeline import BETAS, Pipeline, alpha_bar_of, load_pipeline, save_pipeline
+from pixart_delta_nb.sampling import guided_eps
+from pixart_delta_nb.teacher import drop_captions, initialise, loss_weight, train_teacher
+from pixart_delta_nb.text import build_tokenizer, encode_captions, null_caption
+from pixart_delta_nb.world.language import build_text_encoder
+from pixart_delta_nb.world.autoencoder import build_vae, train_vae
+from pixart_delta_nb.world.language import train_text_encoder
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
 SMALL_VAE = dict(block_out_channels=(8,)*4, norm_num_groups=4, sample_size=64)

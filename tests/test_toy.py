@@ -2,9 +2,11 @@
 import copy, math
 import pytest
 import torch
-from pixart_delta_nb.schedules import add_noise, alpha_bar_from_betas, gaussian_eps, gaussian_x0, linear_betas, scaled_linear_betas
+from pixart_delta_nb.schedules import (add_noise, alpha_bar_from_betas, gaussian_eps, gaussian_x0, linear_betas,
+    scaled_linear_betas)
 from pixart_delta_nb.solvers import Mixture
-from pixart_delta_nb.toy import (Captioned, Recipe, ToyNet, distil_toy, draw, energy_distance, exact_eps, exact_map, fit_eps, jump, ring, toy_loss)
+from pixart_delta_nb.toy import (Captioned, Recipe, ToyNet, distil_toy, draw, energy_distance, exact_eps, exact_map,
+    fit_eps, jump, ring, toy_loss)
 
 ALPHA_BAR = alpha_bar_from_betas(linear_betas())
 RING = ring()

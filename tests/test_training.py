@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from pixart_delta_nb import core, training
-from pixart_delta_nb.training import EMA, Checkpoint, Muon, adamw, early_decay, optimisers, orthogonalise, pack, read_checkpoint, tensorboard_log, train, unpack, warm_constant_decay
+from pixart_delta_nb.checkpoints import Checkpoint, pack, read_checkpoint, unpack
+from pixart_delta_nb.optimisers import EMA, Muon, adamw, early_decay, optimisers, orthogonalise, warm_constant_decay
+from pixart_delta_nb.training import tensorboard_log, train
 
 
 @pytest.fixture(autouse=True)

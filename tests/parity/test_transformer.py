@@ -7,8 +7,9 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from pixart_delta_nb.core import load_tensors, save_tensors
-from pixart_delta_nb.transformer import (INDEX, WEIGHTS, PixArtTransformer, TransformerConfig, caption_bias, config_from_dict,
-                                         config_to_dict, position_embedding, sinusoid, unpatchify)
+from pixart_delta_nb.folders import INDEX, WEIGHTS
+from pixart_delta_nb.transformer import (PixArtTransformer, TransformerConfig, caption_bias, config_from_dict,
+    config_to_dict, position_embedding, sinusoid, unpatchify)
 
 SMALL = dict(num_attention_heads=4, attention_head_dim=12, num_layers=2, caption_channels=24)
 
