@@ -19,7 +19,7 @@ from .core import load_tensors, read_json, require, save_tensors, seed_everythin
 from .folders import check_state
 from .data import precompute_control
 from .optimisers import EMA, bfloat16_products, early_decay, optimisers, warm_constant_decay
-from .pipeline import BETAS, alpha_bar_of
+from .schedules import BETAS, alpha_bar_of
 from .sampling import decode, sample_teacher
 from .schedules import add_noise, at
 from .teacher import drop_captions, loss_weight

@@ -21,7 +21,8 @@ from .folders import variant_of
 from .pipeline import load_transformer
 from .text import read_tokenizer
 from .folders import load_part, no_bars
-from .pipeline import Pipeline, alpha_bar_of, open_folder
+from .pipeline import Pipeline, open_folder
+from .schedules import alpha_bar_of
 from .text import encode_captions
 from .transformer import PixArtTransformer, TransformerConfig
 

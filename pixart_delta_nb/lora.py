@@ -228,9 +228,8 @@ def apply_lora(
     folder: str | Path # an adapter in peft's format, with or without the card of `distill_lora`
 ) -> int: # how many tensors were applied
     "Make a teacher's pipeline a student's; `ValueError` if the adapter does not fit, or the pipeline is a student already."
-    from pixart_delta_nb.sampling import is_student
     from pixart_delta_nb.folders import check_files
-    require(not is_student(pipe), 'The pipeline holds a student already, but an adapter is a change to its teacher; load the teacher.')
+    require(not pipe.is_student, 'The pipeline holds a student already, but an adapter is a change to its teacher; load the teacher.')
     require(Path(folder).is_dir(), lambda: f'{folder} is not a folder, but an adapter is one; pass the folder of adapter_config.json.')
     card = check_files(Path(folder))
     applied = load_lora(pipe.transformer, folder)

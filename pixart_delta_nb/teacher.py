@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from .core import require, seed_everything
 from .optimisers import EMA, bfloat16_products, early_decay, optimisers, warm_constant_decay
-from .pipeline import BETAS, alpha_bar_of
+from .schedules import BETAS, alpha_bar_of
 from .schedules import add_noise, at, snr
 from .training import train
 from .transformer import PixArtTransformer, TransformerConfig

@@ -6,7 +6,7 @@ from pixart_delta_nb.evidence.bench import bench as module
 from pixart_delta_nb.evidence.bench import (CAPTION, GraphedTransformer, TABLE_2, bench, counted_flops, derived,
     encode_flops, matmul_peak, predicted_ratio, random_pipeline, random_weights, table, transformer_flops)
 from pixart_delta_nb.hub import choose_dtype, precisions
-from pixart_delta_nb.sampling import tiny_pipeline
+from pixart_delta_nb.pipeline import tiny_pipeline
 from pixart_delta_nb.pipeline import save_pipeline
 from pixart_delta_nb.text import encode_captions
 from pixart_delta_nb.world.autoencoder import build_vae
@@ -57,7 +57,7 @@ def test_bench_counts_evaluations_and_writes_what_it_returns(tiny, tmp_path):
 
 def test_bench_times_a_students_folder_as_teacher_and_as_student(tmp_path, monkeypatch):
     import diffusers
-    from pixart_delta_nb.pipeline import BETAS
+    from pixart_delta_nb.schedules import BETAS
     pipe = tiny_pipeline()
     save_pipeline(pipe, tmp_path)
     (tmp_path/'card.json').unlink()

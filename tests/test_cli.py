@@ -168,7 +168,7 @@ def test_a_folder_in_the_place_of_the_picture_is_refused(tmp_path, capsys):
 
 
 def test_another_pipeline_draws(tmp_path):
-    from pixart_delta_nb.sampling import tiny_pipeline
+    from pixart_delta_nb.pipeline import tiny_pipeline
     from pixart_delta_nb.pipeline import save_pipeline
     save_pipeline(tiny_pipeline(), tmp_path/'mine')
     cli.main(['generate', 'a red cube', '--pipeline', str(tmp_path/'mine'), '--steps', '2', '--out', str(tmp_path/'x.png')])

@@ -12,7 +12,8 @@ from pixart_delta_nb.data import precompute_control
 from pixart_delta_nb.evidence.control import measure_control
 from pixart_delta_nb.evidence.control_cost import adapter_flops, adapter_parameters, example_inputs, measure_cost
 from pixart_delta_nb.evidence.judge import Evaluator
-from pixart_delta_nb.sampling import sample_student, tiny_pipeline
+from pixart_delta_nb.pipeline import tiny_pipeline
+from pixart_delta_nb.sampling import sample_student
 from pixart_delta_nb.sampling import guided_eps
 from pixart_delta_nb.folders import WEIGHTS
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig, caption_bias, unpatchify

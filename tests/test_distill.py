@@ -244,7 +244,7 @@ def test_disagreement_8_a_captions_mask_over_the_null_caption_is_another_input(n
 
 def test_folder_to_folder_is_the_loop_and_is_known_as_a_student(tmp_path):
     from pixart_delta_nb.stages import distill
-    from pixart_delta_nb.sampling import fixed_omega, is_student, tiny_pipeline
+    from pixart_delta_nb.pipeline import tiny_pipeline
     from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
     tiny, g = tiny_pipeline(), torch.Generator().manual_seed(0)
     save_pipeline(tiny, tmp_path/'teacher')
@@ -254,4 +254,4 @@ def test_folder_to_folder_is_the_loop_and_is_known_as_a_student(tmp_path):
     by_hand, _, _ = lcd_train(tiny.transformer, rows, ALPHA_BAR, tmp_path/'by_hand', **settings)
     opened = load_pipeline(tmp_path/'run'/'pipeline')
     assert all(torch.equal(v, opened.transformer.state_dict()[name]) for name, v in by_hand.state_dict().items())
-    assert is_student(opened) and fixed_omega(opened) == 3.5 and not is_student(load_pipeline(tmp_path/'teacher'))
+    assert opened.is_student and opened.omega == 3.5 and not load_pipeline(tmp_path/'teacher').is_student

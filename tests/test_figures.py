@@ -11,7 +11,7 @@ from pixart_delta_nb.evidence.peers import SOLVERS
 from pixart_delta_nb.evidence.kit import Method
 from pixart_delta_nb.evidence.attributes import ROWS
 from pixart_delta_nb.sampling import sample_student
-from pixart_delta_nb.pipeline import BETAS
+from pixart_delta_nb.schedules import BETAS
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -7,8 +7,9 @@ from pixart_delta_nb.pipeline import load_transformer
 from pixart_delta_nb.hub import binned_size, choose_dtype, part_map, placement, resize_and_crop
 from pixart_delta_nb.text import read_sentencepiece, read_tokenizer
 from pixart_delta_nb.int8 import low_memory_pipeline
-from pixart_delta_nb.sampling import generate, initial_latents, is_student, sample_teacher
-from pixart_delta_nb.pipeline import BETAS, load_pipeline
+from pixart_delta_nb.sampling import generate, initial_latents, sample_teacher
+from pixart_delta_nb.pipeline import load_pipeline
+from pixart_delta_nb.schedules import BETAS
 from pixart_delta_nb.text import encode_captions
 from pixart_delta_nb.world.language import build_text_encoder
 from pixart_delta_nb.world.autoencoder import build_vae
@@ -83,7 +84,7 @@ def test_every_published_size_opens_and_draws_as_diffusers_does(tmp_path, side, 
 
 def test_a_folder_with_an_lcm_scheduler_is_a_student(tmp_path):
     student, teacher = load_pipeline(published(tmp_path/'lcm', lcm=True)), load_pipeline(published(tmp_path/'alpha'))
-    assert is_student(student) and not is_student(teacher) and torch.equal(student.alpha_bar, teacher.alpha_bar)
+    assert student.is_student and not teacher.is_student and torch.equal(student.alpha_bar, teacher.alpha_bar)
     assert generate(student, CAPTION, size=64).evaluations == 4
     with pytest.raises(ValueError, match='distilled'): sample_teacher(student, CAPTION, guidance_scale=4.5, size=64)
 

@@ -6,7 +6,8 @@ from torch import nn
 from pixart_delta_nb.int8 import (Int8Linear, LiveBytes, StoredCaptions, imagined, int_product, lcd_peak,
     load_8bit_encoder, low_memory_pipeline, paper_part, peak_memory, product_error, quantise, quantise_absmax,
     tensor_bytes, training_ledger, weight_bytes)
-from pixart_delta_nb.sampling import sample_student, tiny_pipeline
+from pixart_delta_nb.pipeline import tiny_pipeline
+from pixart_delta_nb.sampling import sample_student
 from pixart_delta_nb.text import encode_captions
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 

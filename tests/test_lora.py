@@ -330,7 +330,8 @@ def test_loop_refuses_a_model_without_adapter(base, rows, tmp_path):
 
 def test_folder_to_folder(tmp_path):
     pytest.importorskip('diffusers')
-    from pixart_delta_nb.sampling import generate, is_student, tiny_pipeline
+    from pixart_delta_nb.pipeline import tiny_pipeline
+    from pixart_delta_nb.sampling import generate
     from pixart_delta_nb.pipeline import save_pipeline
     pipe = tiny_pipeline()
     save_pipeline(pipe, tmp_path/'teacher')
@@ -339,7 +340,7 @@ def test_folder_to_folder(tmp_path):
     log = distill_lora(tmp_path/'teacher', data, tmp_path/'out', steps=2, rank=2, omega=2., batch_size=2, progress=False)
     plain = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     assert apply_lora(pipe, tmp_path/'out/lora') == 2*len(chosen_layers(pipe.transformer)) and len(log) == 1
-    assert is_student(pipe) and pipe.config['student_card']['omega'] == 2. and pipe.transformer.state_dict().keys() == plain.keys()
+    assert pipe.is_student and pipe.config['student_card']['omega'] == 2. and pipe.transformer.state_dict().keys() == plain.keys()
     assert not torch.equal(pipe.transformer.proj_out.weight, plain['proj_out.weight'])
     assert generate(pipe, ['a red cube'], steps=2).evaluations == 2
     with pytest.raises(ValueError, match='holds a student already'): apply_lora(pipe, tmp_path/'out/lora')
@@ -347,7 +348,7 @@ def test_folder_to_folder(tmp_path):
 
 def test_a_damaged_adapter_is_refused_by_its_card(tmp_path):
     pytest.importorskip('diffusers')
-    from pixart_delta_nb.sampling import tiny_pipeline
+    from pixart_delta_nb.pipeline import tiny_pipeline
     from pixart_delta_nb.folders import save_card
     pipe = tiny_pipeline()
     save_lora(add_lora(copy.deepcopy(pipe.transformer), 2), tmp_path)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from pixart_delta_nb.consistency import lcm_timesteps
+from pixart_delta_nb.pipeline import tiny_pipeline
 from pixart_delta_nb.sampling import (decode, generate, initial_latents, latent_shape, make_generators, sample_student,
-    sample_teacher, tiny_pipeline, to_pil)
+    sample_teacher, to_pil)
 
 CAPTIONS = ['a red cube on grass', ' A small blue SPHERE at night', '']
 SEEDS = [11, 12, 13]

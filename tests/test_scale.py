@@ -12,7 +12,7 @@ from pixart_delta_nb.lcm_lora import lora_train
 from pixart_delta_nb.lora import add_lora
 from pixart_delta_nb.scale import (Rows, accelerated, checkpoint_blocks, distill_many, lora_many, main, own_rows, start,
     teach_many)
-from pixart_delta_nb.sampling import tiny_pipeline
+from pixart_delta_nb.pipeline import tiny_pipeline
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
 from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
 from pixart_delta_nb.teacher import train_teacher
@@ -259,6 +259,5 @@ def test_a_controlnet_from_folder_to_folder(workplace):
 
 
 def test_a_folder_distilled_by_many_is_known_as_a_student(workplace):
-    from pixart_delta_nb.sampling import fixed_omega
     pipe = distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, batch_size=2, omega=2., progress=False)
-    assert fixed_omega(pipe) == fixed_omega(load_pipeline(workplace/'out/pipeline')) == 2
+    assert pipe.omega == load_pipeline(workplace/'out/pipeline').omega == 2

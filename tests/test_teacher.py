@@ -5,7 +5,8 @@ from pixart_delta_nb.world.words import ATTRIBUTES, attributes, make
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
 from pixart_delta_nb.data import precompute
 from pixart_delta_nb.folders import save_card
-from pixart_delta_nb.pipeline import BETAS, Pipeline, alpha_bar_of, load_pipeline, save_pipeline
+from pixart_delta_nb.pipeline import Pipeline, load_pipeline, save_pipeline
+from pixart_delta_nb.schedules import BETAS, alpha_bar_of
 from pixart_delta_nb.sampling import guided_eps
 from pixart_delta_nb.teacher import drop_captions, initialise, loss_weight, train_teacher
 from pixart_delta_nb.text import build_tokenizer, encode_captions, null_caption

@@ -8,7 +8,8 @@ __all__ = ['ROWS', 'accuracy_table', 'table_lines', 'run_attributes', 'draw_attr
 # %% ../../nbs/evidence/attributes.ipynb #2f02c416
 import torch
 import torch.nn as nn
-from ..core import PALETTE, require, use_style
+from ..core import require
+from ..plots import PALETTE, use_style
 from .judge import attribute_accuracy, read_attributes
 from .kit import Kit, Method, images_of, measured
 from ..world.words import attributes, make

@@ -19,7 +19,8 @@ from ..int8 import T5_XXL, paper_part, tensor_bytes
 from .kit import Method
 from .speed import clock, measure_speed
 from ..folders import shipped
-from ..pipeline import BETAS, Pipeline, alpha_bar_of, load_pipeline
+from ..pipeline import Pipeline, load_pipeline
+from ..schedules import BETAS, alpha_bar_of
 from ..text import build_tokenizer
 from ..core import read_json
 from ..transformer import PixArtTransformer, TransformerConfig, config_from_dict

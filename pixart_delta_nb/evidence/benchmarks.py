@@ -11,7 +11,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 from ..consistency import consistency_function
-from ..core import PALETTE, require, use_style
+from ..core import require
+from ..plots import PALETTE, use_style
 from ..latents import Batch
 from ..distill import lcd_step, predict_eps, pseudo_huber
 from .kit import Kit, measured, prompts, real_images
@@ -19,7 +20,7 @@ from .peers import build_scheduler
 from .runs import training_data
 from .speed import _seconds, clock, peak_memory
 from .table1 import _rows
-from ..pipeline import BETAS
+from ..schedules import BETAS
 from ..sampling import generate, make_generators
 from ..schedules import add_noise, at
 from ..schedules import skip_grid

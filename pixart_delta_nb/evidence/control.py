@@ -11,7 +11,8 @@ from itertools import product
 import torch
 from ..conditions import check_condition, closed_gap
 from ..controlnet import ControlNetTransformer, load_controlnet, sample_controlled
-from ..core import PALETTE, require, use_style
+from ..core import require
+from ..plots import PALETTE, use_style
 from .judge import attribute_accuracy
 from .kit import Kit, exam, grade, measured
 from .control_runs import ENDS, held_out, obey

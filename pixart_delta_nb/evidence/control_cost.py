@@ -11,7 +11,7 @@ import statistics
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..controlnet import ControlNetTransformer
-from ..core import PALETTE, use_style
+from ..plots import PALETTE, use_style
 from .kit import Kit, measured
 from .speed import _seconds
 from ..transformer import TransformerConfig

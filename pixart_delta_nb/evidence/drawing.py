@@ -11,7 +11,7 @@ import base64, io
 import numpy as np
 import torch
 from PIL import Image
-from ..core import PALETTE, image_grid, use_style
+from ..plots import PALETTE, image_grid, use_style
 from .kit import Kit, Method, images_of, measured, prompts
 
 # %% ../../nbs/evidence/drawing.ipynb #40d34780

@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'BATCHES', 'run_fig2', 'draw_fig2', 'tell_fig2']
 import dataclasses, itertools, statistics
 from pathlib import Path
 from tqdm import tqdm
-from ..core import PALETTE, use_style
+from ..plots import PALETTE, use_style
 from .distances import over_seeds
 from .kit import Kit, exam, grade, measured
 from .runs import MARKS, WORKSHOP, snapshots, training_data

@@ -6,7 +6,7 @@
 __all__ = ['run_fig3', 'draw_fig3', 'tell_fig3']
 
 # %% ../../nbs/evidence/fig3.ipynb #12ce8d37
-from ..core import PALETTE, use_style
+from ..plots import PALETTE, use_style
 from .kit import Kit, measured
 from ..schedules import alpha_bar_from_betas, linear_betas, log_snr, scaled_linear_betas
 

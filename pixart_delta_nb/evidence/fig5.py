@@ -10,7 +10,7 @@ import itertools, statistics
 from tqdm.auto import tqdm
 from ..world.truths import scene_fidelity
 from ..controlnet import ControlNetTransformer
-from ..core import PALETTE, use_style
+from ..plots import PALETTE, use_style
 from .control_runs import CAPTIONS, mean_fidelity
 from .judge import attribute_accuracy
 from .kit import Kit, measured

@@ -9,7 +9,7 @@ __all__ = ['run_fig6', 'jumps', 'draw_fig6', 'tell_fig6']
 import statistics
 import torch
 from ..world.truths import scene_fidelity
-from ..core import PALETTE, use_style
+from ..plots import PALETTE, use_style
 from .drawing import pack_images, unpack_images
 from .kit import Kit, measured
 from .control_runs import RUNS, control_snapshots, held_out, obey

@@ -21,7 +21,8 @@ from .public import inception_features, public_clip
 from ..folders import shipped
 from ..lora import apply_lora
 from ..pipeline import load_pipeline
-from ..sampling import decode, sample_student, sample_teacher, tiny_pipeline
+from ..pipeline import tiny_pipeline
+from ..sampling import decode, sample_student, sample_teacher
 from ..world.scenes import render_many
 from ..world.words import attributes, make
 from pathlib import Path

@@ -6,9 +6,10 @@
 __all__ = ['SOLVERS', 'LABELS', 'build_scheduler', 'sample_with', 'run_peers', 'panels', 'draw_peers', 'tell_peers']
 
 # %% ../../nbs/evidence/peers.ipynb #39d112f1
-from ..core import PALETTE, require, use_style
+from ..core import require
+from ..plots import PALETTE, use_style
 from .kit import Kit, exam, grade, measured
-from ..pipeline import BETAS
+from ..schedules import BETAS
 from ..sampling import _in_batches, decode, guided_eps, sample_student
 from ..text import null_caption
 

@@ -8,7 +8,7 @@ __all__ = ['HEADS', 'measure', 'draw_strip', 'draw_quality', 'rows_of', 'table_t
 # %% ../../nbs/evidence/results.ipynb #051febe9
 import textwrap
 import torch
-from ..core import PALETTE, image_grid, use_style
+from ..plots import PALETTE, image_grid, use_style
 from .clip import clip_score
 from .judge import attribute_accuracy
 from .kit import Kit, METHODS, autoencoder_psnr, exam, grade, images_of, real_images

@@ -7,7 +7,8 @@ __all__ = ['REPORT_SECONDS', 'fit_cost', 'run_table2', 'rows_table2', 'beside_ta
 
 # %% ../../nbs/evidence/table2.ipynb #f814bcdc
 import numpy as np
-from ..core import PALETTE, require, use_style
+from ..core import require
+from ..plots import PALETTE, use_style
 from .kit import Kit, Method, measured, prompts
 from .speed import measure_speed
 from .table1 import table_cells
