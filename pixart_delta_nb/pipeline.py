@@ -7,6 +7,7 @@ __all__ = ['PARTS', 'Pipeline', 'save_pipeline', 'check_folder', 'read_scheduler
            'load_pipeline', 'tiny_pipeline']
 
 # %% ../nbs/07d_pipeline.ipynb #c03c5f34
+from typing import Sequence
 import copy, json
 from dataclasses import dataclass, field
 from pathlib import Path
