@@ -160,30 +160,37 @@ def read_json(path: Path) -> dict:
 
 # %% ../nbs/00_core.ipynb #3176e45e
 class PlainProgress:
-    "tqdm's interface where nobody watches a terminal: a plain line every `EVERY` seconds, and a last one if any came."
+    "tqdm's interface where nobody watches a terminal: whenever `EVERY` seconds were silent, the innermost open one prints a plain line."
     EVERY = 30.
+    opened, spoken, lock = [], 0., threading.Lock()                   # all that are open; when one of them last spoke
 
     def __init__(self, items=None, total=None, initial=0, desc=''):
         self.items, self.n, self.desc, self.facts = items, initial, desc or 'progress', {}
         self.total = total if total is not None or not hasattr(items, '__len__') else len(items)
         self.started, self.lines, self.done = time.monotonic(), 0, threading.Event()
+        PlainProgress.opened.append(self)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self):
-        while not self.done.wait(self.EVERY): self._print()
+        while not self.done.wait(max(self.started, PlainProgress.spoken) + self.EVERY - time.monotonic()):
+            with PlainProgress.lock:
+                if time.monotonic() >= PlainProgress.spoken + self.EVERY and PlainProgress.opened: PlainProgress.opened[-1].say()
 
-    def _print(self):
-        self.lines += 1
-        of = '' if self.total is None else f' of {self.total}'
+    def say(self):
+        "Print the line now."
+        self.lines, PlainProgress.spoken = self.lines + 1, time.monotonic()
+        count = f'{self.n}, ' if self.total is None and self.n else '' if self.total is None else f'{self.n} of {self.total}, '
         facts = ''.join(f', {k} {v}' for k, v in self.facts.items())
-        print(f'{self.desc}: {self.n}{of}, {time.monotonic() - self.started:.0f} s{facts}', file=sys.stderr, flush=True)
+        print(f'{self.desc}: {count}{time.monotonic() - self.started:.0f} s{facts}', file=sys.stderr, flush=True)
 
     def update(self, n=1): self.n += n
     def set_postfix(self, **facts): self.facts = facts
 
     def close(self):
-        if not self.done.is_set() and self.lines: self._print()
+        if self.done.is_set(): return
         self.done.set()
+        PlainProgress.opened.remove(self)
+        if self.lines: self.say()
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
