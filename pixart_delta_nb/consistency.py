@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['boundary_scalings', 'consistency_function', 'lcm_timesteps', 'released_timesteps', 'multistep_consistency_sample',
-           'guide']
+           'guide', 'predict_eps', 'network_dtype', 'pair_with_null', 'guided_eps']
 
 # %% ../nbs/03_consistency.ipynb #b7a177a7
 from collections.abc import Callable
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from .core import require
-from .schedules import add_noise, at, check_alpha_bar, eps_to_x0, skip_grid
+from .core import at_least_float32, require, require_values, whole
+from .schedules import (add_noise, at, check_timesteps, eps_to_x0, skip_grid, v_to_eps, x0_to_eps)
 
 # %% ../nbs/03_consistency.ipynb #ea579e39
 def boundary_scalings(
@@ -22,17 +23,19 @@ def boundary_scalings(
     """The two weights of a consistency function (equation 5; latent consistency models, §2 of the report).
 
     Raises `ValueError` for negative times, and unless `sigma_data` and `timestep_scaling` are positive."""
-    require(sigma_data > 0, lambda: f'sigma_data={sigma_data} must be positive, or both weights are undefined at t=0; pass 0.5.')
+    require(sigma_data > 0,
+            lambda: f'sigma_data={sigma_data} must be positive, or both weights are undefined at t=0; pass 0.5.')
     require(timestep_scaling > 0, lambda: f'timestep_scaling={timestep_scaling} must be positive; pass 10.')
     t = torch.as_tensor(t)
-    require(bool((t >= 0).all()), lambda: f't={t.tolist()} must not be negative; pass the time steps of the table, from 0 on.')
-    scaled = t.to(torch.promote_types(t.dtype, torch.float32))*timestep_scaling
+    require_values(t, lambda t: (t >= 0).all(),
+                   lambda: f't={t.tolist()} must not be negative; pass the time steps of the table, from 0 on.')
+    scaled = at_least_float32(t)*timestep_scaling
     norm = scaled**2 + sigma_data**2
     return sigma_data**2/norm, scaled/norm.sqrt()
 
 # %% ../nbs/03_consistency.ipynb #7c22eea8
 def consistency_function(
-    x_t: Tensor, # noisy latents (B, C, H, W)
+    x_t: Tensor, # noisy latents (B, C, ...)
     eps: Tensor, # noise predicted by the network, shaped like `x_t`
     t: Tensor, # (B,) integer time steps
     alpha_bar: Tensor # (T,) table of ᾱ
@@ -40,19 +43,19 @@ def consistency_function(
     """Equation (4): c_skip x_t + c_out x̂₀ (report §2, Algorithm 1's f_θ).
 
     Raises `ValueError` for mismatched shapes, and for times that are not integers of the table."""
-    require(x_t.shape == eps.shape, lambda: f'eps has shape {tuple(eps.shape)} but x_t has {tuple(x_t.shape)}; drop the learned-variance channels first.')
-    require(not t.is_floating_point(), lambda: f't has dtype {t.dtype} but must index the table; pass integer steps.')
-    last = len(alpha_bar) - 1
-    require(bool(((t >= 0) & (t <= last)).all()), lambda: f't={t.tolist()} must lie between 0 and {last}; clamp it to the table.')
-    ab = at(alpha_bar, t, x_t)                                              # (B, 1, 1, 1)
-    c_skip, c_out = (c.to(ab.dtype).reshape(ab.shape) for c in boundary_scalings(t.to(ab.dtype)))
-    return c_skip*x_t.to(ab.dtype) + c_out*eps_to_x0(x_t, eps, ab)          # (B, C, H, W)
+    require(x_t.shape == eps.shape, lambda: f'eps has shape {tuple(eps.shape)} but x_t has {tuple(x_t.shape)}; '
+                                            'drop the learned-variance channels first.')
+    ab = at(alpha_bar, t, x_t)                                              # (B, 1, ...)
+    c_skip, c_out = (c.to(ab).reshape(ab.shape) for c in boundary_scalings(t.to(ab.dtype)))
+    return c_skip*x_t.to(ab.dtype) + c_out*eps_to_x0(x_t, eps, ab)          # (B, C, ...)
 
 # %% ../nbs/03_consistency.ipynb #a60f28ec
 def _grid_for(steps, k, T):
     "The skip grid from its noisy end, after the checks that both spacings share."
     grid = skip_grid(k, T)
-    require(isinstance(steps, int) and 1 <= steps <= len(grid), lambda: f'steps={steps} must lie between 1 and {len(grid)}, the points of the skip grid; ask for fewer steps or lower k.')
+    require(1 <= (whole(steps) or 0) <= len(grid),
+            lambda: f'steps={steps} must lie between 1 and {len(grid)}, the points of the skip grid; '
+                    'ask for fewer steps or lower k.')
     return grid.flip(0)
 
 # %% ../nbs/03_consistency.ipynb #a18b9d7b
@@ -82,35 +85,30 @@ def released_timesteps(
 def _fresh_noise(like, generator):
     "One draw for the batch, or one per image for a list of generators, made on the generator's device."
     many = isinstance(generator, (list, tuple))
-    require(not many or len(generator) == len(like), lambda: f'{len(generator) if many else 1} generators were given for {len(like)} images; pass one per image.')
-    draw = lambda shape, g: torch.randn(shape, generator=g, dtype=like.dtype, device=like.device if g is None else g.device).to(like.device)
+    require(not many or len(generator) == len(like),
+            lambda: f'{len(generator)} generators were given for {len(like)} images; pass one per image.')
+    def draw(shape, g):
+        device = like.device if g is None else g.device
+        return torch.randn(shape, generator=g, dtype=like.dtype, device=device).to(like.device)
     return torch.cat([draw((1, *like.shape[1:]), g) for g in generator]) if many else draw(like.shape, generator)
-
-def _check_times(timesteps, alpha_bar):
-    "The sampler's times as a list of integers, checked; `ValueError` if they break a rule."
-    check_alpha_bar(alpha_bar)
-    times = torch.as_tensor(timesteps).tolist()
-    require(len(times) > 0 and all(a > b for a, b in zip(times, times[1:])), lambda: f'timesteps={times} must be a non-empty descending list; use lcm_timesteps.')
-    require(all(isinstance(t, int) for t in times) and 0 <= times[-1] and times[0] < len(alpha_bar),
-            lambda: f'timesteps={times} must be integers between 0 and {len(alpha_bar) - 1}; use lcm_timesteps with the T of this table.')
-    return times
 
 # %% ../nbs/03_consistency.ipynb #3f0db48b
 def multistep_consistency_sample(
-    f: Callable, # f(x, t) → estimate of x₀; x (B, C, H, W), t (B,) int64
-    x: Tensor, # noise at the first time, (B, C, H, W)
+    f: Callable, # f(x, t) → estimate of x₀; x (B, C, ...), t (B,) int64
+    x: Tensor, # noise at the first time, (B, C, ...)
     timesteps: Tensor | list, # (S,) integer steps, descending
     alpha_bar: Tensor, # (T,) table of ᾱ
     generator: torch.Generator | list | None = None, # source of the noise between steps; a list holds one per image
     callback: Callable | None = None # called as callback(i, t, estimate) after each jump
-) -> Tensor: # (B, C, H, W), the last estimate, without noise
+) -> Tensor: # (B, C, ...), the last estimate, without noise
     """Equation (7), the sampler of consistency models and of diffusers' `LCMScheduler` (report §2).
 
-    Raises `ValueError` for times that do not descend or leave the table, for a table that does not decrease, and for a list of generators of another length."""
-    for i, t in enumerate(_check_times(timesteps, alpha_bar)):
+    Raises `ValueError` for times that do not descend or leave the table, for a table that does not decrease,
+    and for a list of generators of another length."""
+    for i, t in enumerate(check_timesteps(timesteps, alpha_bar)):
         batch_t = torch.full((len(x),), t, device=x.device)                 # (B,)
         if i: x = add_noise(estimate, _fresh_noise(x, generator), at(alpha_bar, batch_t, x))
-        estimate = f(x, batch_t)                                            # (B, C, H, W)
+        estimate = f(x, batch_t)                                            # (B, C, ...)
         if callback is not None: callback(i, t, estimate)
     return estimate
 
@@ -123,9 +121,91 @@ def guide(
     """Classifier-free guidance in the convention of Algorithm 1, equation (9).
 
     Raises `ValueError` for mismatched shapes and for negative ω."""
-    require(eps_c.shape == eps_null.shape, lambda: f'eps_c has shape {tuple(eps_c.shape)} and eps_null {tuple(eps_null.shape)}, but they must be equal; evaluate both on one batch.')
-    omega = torch.as_tensor(omega, dtype=eps_c.dtype, device=eps_c.device)
-    require(omega.ndim == 0 or omega.shape == (len(eps_c), *[1]*(eps_c.ndim - 1)),
-            lambda: f'omega has shape {tuple(omega.shape)}, which must be () or {(len(eps_c), *[1]*(eps_c.ndim - 1))}; reshape it, or it would mix images.')
-    require(bool((omega >= 0).all()), lambda: f'omega={omega.flatten().tolist()} must not be negative; pass s - 1 for a pipeline\'s scale s, and 0 for no guidance.')
-    return eps_c + omega*(eps_c - eps_null)
+    require(eps_c.shape == eps_null.shape,
+            lambda: f'eps_c has shape {tuple(eps_c.shape)} and eps_null {tuple(eps_null.shape)}, '
+                    'but they must be equal; evaluate both on one batch.')
+    omega, single = torch.as_tensor(omega), (len(eps_c), *[1]*(eps_c.ndim - 1))
+    require(omega.ndim == 0 or omega.shape == single,
+            lambda: f'omega has shape {tuple(omega.shape)}, which must be () or {single}; '
+                    'reshape it, or it would mix images.')
+    require_values(omega, lambda w: (w >= 0).all(),
+                   lambda: f'omega={omega.flatten().tolist()} must not be negative; pass s - 1 for a pipeline\'s '
+                           'scale s, and 0 for no guidance.')
+    return eps_c + omega.to(eps_c)*(eps_c - eps_null)
+
+# %% ../nbs/03_consistency.ipynb #62c30f8e
+def predict_eps(
+    network, # (x, t, caption, mask, **conditions) → (B, C or more, ...), in any precision
+    x: Tensor, # noisy latents (B, C, ...)
+    t: Tensor, # (B,) integer steps
+    caption: Tensor, # (B, L, D)
+    mask: Tensor, # (B, L), 1 = word
+    alpha_bar: Tensor | None = None, # (T,) table of ᾱ, for a prediction other than ε
+    prediction: str = 'epsilon', # what the network predicts: 'epsilon', 'v_prediction' or 'sample', as in diffusers
+    **conditions # what else the network reads, (B, ...) each
+) -> Tensor: # (B, C, ...), float32 at least
+    """The noise that a network predicts, whatever its precision and parametrisation (§2).
+
+    Raises `ValueError` for a prediction of another name, and for an answer that is not shaped like `x`."""
+    dtype = network_dtype(network)
+    cast = lambda y: y.to(dtype) if dtype and isinstance(y, Tensor) and y.ndim > 2 else y
+    told = {name: cast(value) for name, value in conditions.items()}
+    out = network(x if dtype is None else x.to(dtype), t, cast(caption), mask, **told)[:, :x.shape[1]]
+    require(out.shape == x.shape, lambda: f'the network answers in shape {tuple(out.shape)} to latents of '
+                                          f'{tuple(x.shape)}; its first channels must be a prediction of that shape.')
+    if prediction == 'epsilon': return at_least_float32(out)
+    require(prediction in ('v_prediction', 'sample') and alpha_bar is not None,
+            lambda: f"prediction is {prediction!r}; it must be 'epsilon', or 'v_prediction' or 'sample' with alpha_bar.")
+    return (v_to_eps if prediction == 'v_prediction' else x0_to_eps)(x, out, at(alpha_bar, t, x))
+
+
+def network_dtype(
+    network, # a module, or any callable
+) -> torch.dtype | None: # None where it has neither
+    "Precision of a network: that of its first floating-point weight, or its attribute `dtype`."
+    if not isinstance(network, torch.nn.Module): return getattr(network, 'dtype', None)
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+
+# %% ../nbs/03_consistency.ipynb #a7b4b683
+def pair_with_null(
+    caption: Tensor, # (B, L, D)
+    mask: Tensor, # (B, L)
+    null: Tensor, # (1, M, D), or (B, M, D) for one a row
+    null_mask: Tensor | None = None, # (1, M), or (B, M) for one a row; None means ones
+) -> tuple: # caption (2B, L or M, D) and mask (2B, L or M), the second half null
+    "Captions above null captions, each with its own mask, padded to one length; `ValueError` for shapes that do not fit."
+    (B, L, D), M = caption.shape, null.shape[1]
+    null_mask = mask.new_ones(1, M) if null_mask is None else null_mask
+    require(null.shape[2] == D, lambda: f'the captions have {D} channels and the null caption {null.shape[2]}, '
+                                        'but one encoder makes both; precompute them again.')
+    require(len(null) in (1, B) and null_mask.shape in ((1, M), (B, M)),
+            lambda: f'null has shape {tuple(null.shape)} and null_mask {tuple(null_mask.shape)}; they must be '
+                    f'(1, M, {D}) and (1, M), or have the {B} rows of the captions.')
+    longest = max(L, M)
+    words = [F.pad(h.to(caption), (0, 0, 0, longest - h.shape[1])) for h in (caption, null.expand(B, -1, -1))]
+    masks = [F.pad(m.to(mask), (0, longest - m.shape[1])) for m in (mask, null_mask.expand(B, -1))]
+    return torch.cat(words), torch.cat(masks)
+
+
+def guided_eps(
+    network, # as of `predict_eps`; called once, on 2B rows
+    x: Tensor, # noisy latents (B, C, ...)
+    t: Tensor, # (B,) integer steps
+    caption: Tensor, # (B, L, D)
+    mask: Tensor, # (B, L)
+    null: Tensor, # (1 or B, M, D), the caption that says nothing
+    null_mask: Tensor | None, # (1 or B, M)
+    omega: Tensor | float, # ω of equation (9); scalar or (B, 1, ...)
+    alpha_bar: Tensor | None = None, # as of `predict_eps`
+    prediction: str = 'epsilon', # likewise
+    **conditions # (B, ...) tensors, given to both halves; anything else is handed on
+) -> Tensor: # (B, C, ...), float32 at least
+    "Equation (9) from one call; `ValueError` as of `predict_eps` and `guide`, and for conditions of other rows."
+    double = lambda y: torch.cat([y, y]) if isinstance(y, Tensor) and y.ndim else y
+    for name, value in conditions.items():
+        require(double(value) is value or len(value) == len(x),
+                lambda: f'{name} has {len(value)} rows for {len(x)} images, but each image needs its own; pass one a row.')
+    both = {name: double(value) for name, value in conditions.items()}
+    caption, mask = pair_with_null(caption, mask, null, null_mask)
+    eps = predict_eps(network, double(x), double(t), caption, mask, alpha_bar, prediction, **both)
+    return guide(*eps.chunk(2), omega)

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['BETAS', 'linear_betas', 'scaled_linear_betas', 'alpha_bar_from_betas', 'snr', 'log_snr', 'continuous_alpha_bar',
            'alpha_bar_of', 'check_alpha_bar', 'at', 'add_noise', 'eps_to_x0', 'x0_to_eps', 'to_v', 'v_to_x0',
-           'v_to_eps', 'skip_grid', 'gaussian_eps', 'gaussian_x0']
+           'v_to_eps', 'skip_grid', 'check_timesteps', 'gaussian_eps', 'gaussian_x0']
 
 # %% ../nbs/01_schedules.ipynb #9f17e424
+from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .core import require
+from .core import at_least_float32, require, require_values, whole
 
 # %% ../nbs/01_schedules.ipynb #8e54671c
 def _check_betas(T, beta_start, beta_end):
     "The rules of both schedules."
-    require(isinstance(T, int) and T >= 1, lambda: f'T is {T!r}; a schedule needs at least one step, so pass T=1000.')
+    require((whole(T) or 0) >= 1, lambda: f'T is {T!r}; a schedule needs at least one step, so pass T=1000.')
     require(0 < beta_start <= beta_end < 1,
             lambda: f'beta_start={beta_start} and beta_end={beta_end}; they must satisfy 0 < start <= end < 1, so check both.')
 
@@ -46,15 +47,13 @@ def alpha_bar_from_betas(
 ) -> Tensor: # (T,) float64, decreasing
     "Share of the data's variance left after each step, equation (2); `ValueError` on betas outside (0, 1)."
     require(betas.ndim == 1 and len(betas) > 0, lambda: f'betas has shape {tuple(betas.shape)}; it must be (T,), so flatten it.')
-    require(bool(((betas > 0) & (betas < 1)).all()),
-            lambda: f'betas spans [{betas.min():.3g}, {betas.max():.3g}]; each must lie in (0, 1), so check the schedule.')
+    require_values(betas, lambda b: ((b > 0) & (b < 1)).all(), lambda: f'betas spans [{betas.min():.3g}, {betas.max():.3g}]; each must lie in (0, 1), so check the schedule.')
     return (1 - betas.double()).cumprod(0)
 
 # %% ../nbs/01_schedules.ipynb #a07042d9
 def _check_share(alpha_bar):
     "The rule of both ratios."
-    require(bool(((alpha_bar >= 0) & (alpha_bar <= 1)).all()),
-            lambda: f'alpha_bar spans [{alpha_bar.min():.3g}, {alpha_bar.max():.3g}]; it must lie in [0, 1], so pass ᾱ, not betas or σ.')
+    require_values(alpha_bar, lambda ab: ((ab >= 0) & (ab <= 1)).all(), lambda: f'alpha_bar spans [{alpha_bar.min():.3g}, {alpha_bar.max():.3g}]; it must lie in [0, 1], so pass ᾱ, not betas or σ.')
 
 
 def snr(
@@ -81,19 +80,22 @@ def continuous_alpha_bar(
 ) -> Tensor: # same shape, float64
     "Limit of `linear_betas` for ever smaller steps, equation (4); `ValueError` outside [0, 1]."
     _check_betas(T, beta_start, beta_end)
-    require(bool(((tau >= 0) & (tau <= 1)).all()),
-            lambda: f'tau spans [{tau.min():.3g}, {tau.max():.3g}]; it must lie in [0, 1], so divide timesteps by T={T}.')
+    require_values(tau, lambda t: ((t >= 0) & (t <= 1)).all(), lambda: f'tau spans [{tau.min():.3g}, {tau.max():.3g}]; it must lie in [0, 1], so divide timesteps by T={T}.')
     tau = tau.double()
     return (-T * (beta_start * tau + (beta_end - beta_start) * tau**2 / 2)).exp()
 
 # %% ../nbs/01_schedules.ipynb #8cfd65bb
 BETAS = {'beta_schedule': 'linear', 'beta_start': 1e-4, 'beta_end': .02, 'num_train_timesteps': 1000}
 
-def alpha_bar_of(betas):
-    "ᾱ (T,) float64 of a dict like `BETAS`; ValueError on a schedule that is neither linear nor scaled_linear."
+def alpha_bar_of(
+    betas: dict, # like `BETAS`, the words of diffusers' schedulers
+) -> Tensor: # (T,) float64, decreasing
+    "ᾱ of a schedule by name; `ValueError` for one that is neither linear nor scaled_linear."
     makers = {'linear': linear_betas, 'scaled_linear': scaled_linear_betas}
-    require(betas['beta_schedule'] in makers, lambda: f'the beta schedule is {betas["beta_schedule"]!r}, but linear or scaled_linear is needed: use a PixArt scheduler.')
-    return alpha_bar_from_betas(makers[betas['beta_schedule']](betas['num_train_timesteps'], betas['beta_start'], betas['beta_end']))
+    name = betas['beta_schedule']
+    require(name in makers, lambda: f'the beta schedule is {name!r}, but linear or scaled_linear is needed: '
+                                    'use a PixArt scheduler.')
+    return alpha_bar_from_betas(makers[name](betas['num_train_timesteps'], betas['beta_start'], betas['beta_end']))
 
 # %% ../nbs/01_schedules.ipynb #25260da4
 def check_alpha_bar(
@@ -101,10 +103,11 @@ def check_alpha_bar(
 ) -> None:
     "Raise `ValueError` unless `alpha_bar` is a table in [0, 1] that decreases."
     require(alpha_bar.ndim == 1 and len(alpha_bar) > 0,
-            lambda: f'alpha_bar has shape {tuple(alpha_bar.shape)}; it must be a table (T,), so use alpha_bar_from_betas.')
-    first, last = alpha_bar[0].item(), alpha_bar[-1].item()
-    require(0 <= last and first <= 1 and bool((alpha_bar[1:] < alpha_bar[:-1]).all()),
-            lambda: f'alpha_bar runs from {first:.4g} to {last:.4g} and must decrease within [0, 1]; pass ᾱ of alpha_bar_from_betas, not betas or SNR.')
+            lambda: f'alpha_bar has shape {tuple(alpha_bar.shape)}; it must be a table (T,), '
+                    'so use alpha_bar_from_betas.')
+    require_values(alpha_bar, lambda ab: 0 <= ab[-1] and ab[0] <= 1 and (ab[1:] < ab[:-1]).all(),
+                   lambda: f'alpha_bar runs from {alpha_bar[0]:.4g} to {alpha_bar[-1]:.4g} and must decrease '
+                           'within [0, 1]; pass ᾱ of alpha_bar_from_betas, not betas or SNR.')
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -120,11 +123,12 @@ def at(
     "ᾱ at each image's timestep, ready to broadcast; `ValueError` on a wrong table, shape, type or timestep."
     check_alpha_bar(alpha_bar)
     require(t.ndim == 1 and len(t) > 0 and t.shape[0] in (1, like.shape[0]) and not t.is_floating_point(),
-            lambda: f't is {t.dtype} of shape {tuple(t.shape)}; it must be integers, one per image of {like.shape[0]}, so use a LongTensor.')
-    low, high = (int(n) for n in t.aminmax())
-    require(0 <= low and high < len(alpha_bar),
-            lambda: f't spans [{low}, {high}]; it must lie in 0..{len(alpha_bar) - 1}, so clamp it or use a longer schedule.')
-    chosen = alpha_bar[t.to(alpha_bar.device)].to(like.device, _wide(like))      # (B,)
+            lambda: f't is {t.dtype} of shape {tuple(t.shape)}; it must be integers, one per image of '
+                    f'{like.shape[0]}, so use a LongTensor.')
+    require_values(t, lambda t: 0 <= t.min() and t.max() < len(alpha_bar),
+                   lambda: f't spans [{t.min()}, {t.max()}]; it must lie in 0..{len(alpha_bar) - 1}, '
+                           'so clamp it or use a longer schedule.')
+    chosen = alpha_bar.to(like.device, _wide(like))[t.to(like.device)]           # (B,)
     return chosen.reshape(-1, *[1] * (like.ndim - 1))                            # (B, 1, 1, ...)
 
 # %% ../nbs/01_schedules.ipynb #7e1cfca6
@@ -132,12 +136,15 @@ def _widen(alpha_bar_t, *tensors):
     "Factors √ᾱ and √(1-ᾱ), then the tensors, all in float32 at least."
     x = tensors[0]
     require(all(y.shape == x.shape for y in tensors),
-            lambda: f'the tensors have shapes {[tuple(y.shape) for y in tensors]}; they must be equal, or broadcasting would mix images, so reshape them.')
+            lambda: f'the tensors have shapes {[tuple(y.shape) for y in tensors]}; they must be equal, '
+                    'or broadcasting would mix images, so reshape them.')
     require(alpha_bar_t.ndim in (0, x.ndim) and all(n in (1, m) for n, m in zip(alpha_bar_t.shape, x.shape)),
-            lambda: f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)} for data of {tuple(x.shape)}; it must broadcast, so use at(alpha_bar, t, x).')
-    low, high = (n.item() for n in alpha_bar_t.aminmax())
-    require(0 <= low and high <= 1, lambda: f'alpha_bar_t spans [{low:.3g}, {high:.3g}]; it must lie in [0, 1], so check the schedule.')
-    a = alpha_bar_t.to(torch.promote_types(alpha_bar_t.dtype, torch.float32))
+            lambda: f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)} for data of {tuple(x.shape)}; '
+                    'it must broadcast, so use at(alpha_bar, t, x).')
+    require_values(alpha_bar_t, lambda ab: 0 <= ab.min() and ab.max() <= 1,
+                   lambda: f'alpha_bar_t spans [{alpha_bar_t.min():.3g}, {alpha_bar_t.max():.3g}]; '
+                           'it must lie in [0, 1], so check the schedule.')
+    a = at_least_float32(alpha_bar_t)
     return [y.to(x.device, _wide(x)) for y in (a.sqrt(), (1 - a).sqrt(), *tensors)]
 
 # %% ../nbs/01_schedules.ipynb #34ff8e73
@@ -156,8 +163,9 @@ def eps_to_x0(
     eps: Tensor, # (B, ...) predicted noise
     alpha_bar_t: Tensor, # scalar or (B, 1, ...), from `at`
 ) -> Tensor: # (B, ...) float32 at least
-    "Estimate of the clean data from predicted noise, equation (5); magnifies errors of `eps` by σ/α; `ValueError` where ᾱ is 0."
-    require(bool((alpha_bar_t > 0).all()), 'alpha_bar_t reaches 0 but must lie in (0, 1]; where only noise is left, predict v and use v_to_x0.')
+    "Clean data from predicted noise, equation (5); magnifies errors of `eps` by σ/α; `ValueError` where ᾱ is 0."
+    require_values(alpha_bar_t, lambda ab: (ab > 0).all(),
+                   'alpha_bar_t reaches 0 but must lie in (0, 1]; where only noise is left, predict v and use v_to_x0.')
     a, s, x_t, eps = _widen(alpha_bar_t, x_t, eps)
     return (x_t - s * eps) / a
 
@@ -168,7 +176,8 @@ def x0_to_eps(
     alpha_bar_t: Tensor, # scalar or (B, 1, ...), below 1
 ) -> Tensor: # (B, ...) float32 at least
     "Noise implied by an estimate of the clean data, equation (5); `ValueError` where there is no noise."
-    require(bool((alpha_bar_t < 1).all()), 'alpha_bar_t reaches 1; noise is undefined where there is none, so leave that step out.')
+    require_values(alpha_bar_t, lambda ab: (ab < 1).all(),
+                   'alpha_bar_t reaches 1; noise is undefined where there is none, so leave that step out.')
     a, s, x_t, x0 = _widen(alpha_bar_t, x_t, x0)
     return (x_t - a * x0) / s
 
@@ -207,9 +216,27 @@ def skip_grid(
     k: int = 20, # skipping interval, a divisor of T
     T: int = 1000, # number of training timesteps
 ) -> Tensor: # (T/k,) integers k-1, 2k-1, ..., T-1
-    "Times that the distillation visits, ascending (report, §2 and Algorithm 1; [19, 39, ..., 999] as in the released code)."
-    require(isinstance(k, int) and 1 <= k <= T and T % k == 0, lambda: f'k is {k}; it must divide T={T}, so pass for example k=20.')
+    "Times that the distillation visits, ascending (report, Algorithm 1; 19, 39, ..., 999 as in the released code)."
+    require(1 <= (whole(k) or 0) <= T and T % k == 0,
+            lambda: f'k is {k}; it must divide T={T}, so pass for example k=20.')
     return torch.arange(k - 1, T, k)
+
+
+def check_timesteps(
+    timesteps: Sequence[int] | Tensor, # the times at which a sampler evaluates its network
+    alpha_bar: Tensor, # (T,) table of ᾱ
+) -> list[int]:
+    "The times as integers; `ValueError` unless they are whole, descend and lie on a table that decreases."
+    check_alpha_bar(alpha_bar)
+    given = list(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps)
+    times = [whole(t) for t in given]
+    require(len(times) > 0, 'timesteps is empty; a sampler needs at least one, so pass for example [999].')
+    require(None not in times, lambda: f'timesteps is {given[:8]}; each must be an integer of the table, so round them.')
+    require(all(a > b for a, b in zip(times, times[1:])),
+            lambda: f'timesteps is {given[:8]}; it must descend, so sort and deduplicate it.')
+    require(times[-1] >= 0 and times[0] < len(alpha_bar),
+            lambda: f'timesteps spans [{times[-1]}, {times[0]}]; it must lie in 0..{len(alpha_bar) - 1}, so rescale it.')
+    return times
 
 # %% ../nbs/01_schedules.ipynb #cb0d75c4
 def gaussian_eps(

@@ -8,15 +8,12 @@ __all__ = ['Mixture', 'mixture_log_prob', 'mixture_eps', 'mixture_mean', 'pf_ode
 
 # %% ../nbs/02_solvers.ipynb #884c3a78
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterator, Sequence
-
 import torch
 from torch import Tensor
-
-from .core import require
-from .schedules import add_noise, check_alpha_bar, eps_to_x0, log_snr
-from .core import at_least_float32
+from .core import at_least_float32, require, require_values, whole
+from .schedules import add_noise, check_timesteps, eps_to_x0, log_snr
 
 # %% ../nbs/02_solvers.ipynb #e8f618bc
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def _parts(x_t, alpha_bar_t, data):
     require(alpha_bar_t.shape in ((), (1, 1), (len(x_t), 1)),
             lambda: f'alpha_bar_t has shape {tuple(alpha_bar_t.shape)}; it must be a scalar or ({len(x_t)}, 1), so use at(alpha_bar, t, x_t).')
     ab = alpha_bar_t.to(data.mean).reshape(-1, 1)                                  # (B or 1, 1)
-    require(bool(((ab >= 0) & (ab <= 1)).all()), lambda: f'alpha_bar_t spans [{ab.min():.3g}, {ab.max():.3g}]; it must lie in [0, 1], so check the schedule.')
+    require_values(ab, lambda ab: ((ab >= 0) & (ab <= 1)).all(), lambda: f'alpha_bar_t spans [{ab.min():.3g}, {ab.max():.3g}]; it must lie in [0, 1], so check the schedule.')
     away = x_t[:, None] - ab.sqrt()[..., None] * data.mean                         # (B, K, D)
     variance = ab * data.std**2 + 1 - ab                                           # (B or 1, K)
     return away, variance, data.weight.log() - (away**2).sum(-1) / (2 * variance) - D / 2 * (2 * math.pi * variance).log()
@@ -72,8 +69,10 @@ def mixture_eps(
     "Best noise prediction for mixture data, equation (5): -σ times the score; `ValueError` for a row that may come from no cluster."
     away, variance, log_share = _parts(x_t, alpha_bar_t, data)
     if among is not None:
-        require(among.shape == log_share.shape and bool(among.any(1).all()),
-                lambda: f'among has shape {tuple(among.shape)}; it must be {tuple(log_share.shape)} with a True in each row, so name a cluster for each.')
+        rule = lambda: (f'among has shape {tuple(among.shape)}; it must be {tuple(log_share.shape)} with a True in each row, '
+                        'so name a cluster for each.')
+        require(among.shape == log_share.shape, rule)
+        require_values(among, lambda a: a.any(1).all(), rule)
         log_share = log_share.masked_fill(~among, -math.inf)
     share = log_share.softmax(-1) / variance                                       # (B, K)
     return (1 - alpha_bar_t).sqrt().to(share) * (share[..., None] * away).sum(1)
@@ -136,30 +135,24 @@ def _intervals(
     timesteps: Sequence[int] | Tensor, # descending, within the schedule
     alpha_bar: Tensor, # (T,) float64
     alpha_bar_end: float, # ᾱ after the last timestep
-) -> Iterator[tuple[int, int, Tensor, Tensor]]: # index, t, ᾱ_t and the next ᾱ, scalars on the CPU
+) -> Iterator[tuple]: # index, t, ᾱ_t and the next ᾱ (scalars on the CPU), and the next t or None
     "The steps of a sampler; `ValueError` on timesteps off the table, and on tables that do not decrease."
-    check_alpha_bar(alpha_bar)
-    require(0 < alpha_bar_end <= 1, lambda: f'alpha_bar_end is {alpha_bar_end}; it must lie in (0, 1], so pass 1 for a clean result.')
-    times = torch.as_tensor(timesteps).tolist()
-    require(len(times) > 0, 'timesteps is empty; a sampler needs at least one, so pass for example [999].')
-    require(all(t == int(t) for t in times), lambda: f'timesteps is {times[:8]}; each must be an integer of the table, so round them.')
-    times = [int(t) for t in times]
-    require(all(a > b for a, b in zip(times, times[1:])), lambda: f'timesteps is {times[:8]}; it must descend, so sort and deduplicate it.')
-    require(times[-1] >= 0 and times[0] < len(alpha_bar),
-            lambda: f'timesteps spans [{times[-1]}, {times[0]}]; it must lie in 0..{len(alpha_bar) - 1}, so rescale it.')
+    require(0 < alpha_bar_end <= 1,
+            lambda: f'alpha_bar_end is {alpha_bar_end}; it must lie in (0, 1], so pass 1 for a clean result.')
+    times = check_timesteps(timesteps, alpha_bar)
     ends = torch.cat([alpha_bar.double().cpu()[times], torch.tensor([alpha_bar_end], dtype=torch.float64)])
-    for i, t in enumerate(times): yield i, t, ends[i], ends[i + 1]
+    for i, t in enumerate(times): yield i, t, ends[i], ends[i + 1], times[i + 1] if i + 1 < len(times) else None
 
 # %% ../nbs/02_solvers.ipynb #98bb743a
-def _eps(eps_model, x: Tensor, t: int) -> Tensor:
+def _eps(network, x: Tensor, t: int) -> Tensor:
     "Predicted noise at timestep `t`, the same for the whole batch, in the precision of `x`."
-    eps = eps_model(x, torch.full((x.shape[0],), t, device=x.device, dtype=torch.long))
-    require(eps.shape == x.shape, lambda: f'eps_model returned shape {tuple(eps.shape)} for x of {tuple(x.shape)}; drop its learned-variance channels first.')
+    eps = network(x, torch.full((x.shape[0],), t, device=x.device, dtype=torch.long))
+    require(eps.shape == x.shape, lambda: f'the network returned shape {tuple(eps.shape)} for x of {tuple(x.shape)}; drop its learned-variance channels first.')
     return eps.to(x.dtype)
 
 # %% ../nbs/02_solvers.ipynb #f24cd0f1
 def ddim_sample(
-    eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
+    network: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
     timesteps: Sequence[int] | Tensor, # descending
     alpha_bar: Tensor, # (T,) float64
@@ -168,8 +161,8 @@ def ddim_sample(
 ) -> Tensor: # (B, ...) float32 at least
     "DDIM sampling, equation (7) repeated; one evaluation a step."
     x = at_least_float32(x)
-    for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
-        x = ddim_step(x, _eps(eps_model, x, t), ab_t, ab_s)
+    for i, t, ab_t, ab_s, _ in _intervals(timesteps, alpha_bar, alpha_bar_end):
+        x = ddim_step(x, _eps(network, x, t), ab_t, ab_s)
         if callback: callback(i, t, x)
     return x
 
@@ -185,7 +178,7 @@ def _euler(x: Tensor, slope: Tensor, ab_t: Tensor, ab_s: Tensor) -> Tensor:
 
 # %% ../nbs/02_solvers.ipynb #69e6a788
 def euler_sample(
-    eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
+    network: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
     timesteps: Sequence[int] | Tensor, # descending
     alpha_bar: Tensor, # (T,) float64
@@ -194,14 +187,14 @@ def euler_sample(
 ) -> Tensor: # (B, ...) float32 at least
     "Euler's method in σ/α, equation (9); the same map as `ddim_sample`."
     x = at_least_float32(x)
-    for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
-        x = _euler(x, _eps(eps_model, x, t), ab_t, ab_s)
+    for i, t, ab_t, ab_s, _ in _intervals(timesteps, alpha_bar, alpha_bar_end):
+        x = _euler(x, _eps(network, x, t), ab_t, ab_s)
         if callback: callback(i, t, x)
     return x
 
 # %% ../nbs/02_solvers.ipynb #988c982b
 def heun_sample(
-    eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
+    network: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
     timesteps: Sequence[int] | Tensor, # descending
     alpha_bar: Tensor, # (T,) float64
@@ -210,10 +203,9 @@ def heun_sample(
 ) -> Tensor: # (B, ...) float32 at least
     "Heun's method in σ/α, equation (10); two evaluations a step, except for the last."
     x = at_least_float32(x)
-    for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
-        slope = _eps(eps_model, x, t)
-        if i + 1 < len(timesteps):
-            slope = (slope + _eps(eps_model, _euler(x, slope, ab_t, ab_s), int(timesteps[i + 1]))) / 2
+    for i, t, ab_t, ab_s, t_next in _intervals(timesteps, alpha_bar, alpha_bar_end):
+        slope = _eps(network, x, t)
+        if t_next is not None: slope = (slope + _eps(network, _euler(x, slope, ab_t, ab_s), t_next)) / 2
         x = _euler(x, slope, ab_t, ab_s)
         if callback: callback(i, t, x)
     return x
@@ -227,7 +219,7 @@ def _dpm_update(x, x0, previous, ab_t, ab_s, h_previous):
 
 # %% ../nbs/02_solvers.ipynb #59f2c19d
 def dpm_solver_pp_2m(
-    eps_model: Callable, # (x, t (B,) integers) -> eps (B, ...)
+    network: Callable, # (x, t (B,) integers) -> eps (B, ...)
     x: Tensor, # (B, ...) noise at timesteps[0]
     timesteps: Sequence[int] | Tensor, # descending, for example from `dpm_timesteps`
     alpha_bar: Tensor, # (T,) float64
@@ -236,9 +228,9 @@ def dpm_solver_pp_2m(
 ) -> Tensor: # (B, ...) float32 at least
     "Second-order multistep DPM-Solver++, equations (12) and (13): PixArt-α's own sampler; one evaluation a step."
     x, previous, h = at_least_float32(x), None, None
-    for i, t, ab_t, ab_s in _intervals(timesteps, alpha_bar, alpha_bar_end):
-        x0 = eps_to_x0(x, _eps(eps_model, x, t), ab_t)
-        x, h = _dpm_update(x, x0, previous if i + 1 < len(timesteps) else None, ab_t, ab_s, h)
+    for i, t, ab_t, ab_s, t_next in _intervals(timesteps, alpha_bar, alpha_bar_end):
+        x0 = eps_to_x0(x, _eps(network, x, t), ab_t)
+        x, h = _dpm_update(x, x0, None if t_next is None else previous, ab_t, ab_s, h)
         previous = x0
         if callback: callback(i, t, x)
     return x
@@ -249,5 +241,5 @@ def dpm_timesteps(
     T: int = 1000, # number of training timesteps
 ) -> Tensor: # (steps,) integers, descending from T-1
     "Evenly spaced timesteps of diffusers' DPMSolverMultistepScheduler (`linspace`); the clean end is left out."
-    require(isinstance(steps, int) and 1 <= steps < T, lambda: f'steps is {steps}; it must be an integer in 1..{T - 1}, so pass for example steps=14.')
+    require(1 <= (whole(steps) or 0) < T, lambda: f'steps is {steps}; it must be an integer in 1..{T - 1}, so pass for example steps=14.')
     return torch.linspace(0, T - 1, steps + 1, dtype=torch.float64).round().long().flip(0)[:-1]

@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-from pixart_delta_nb.consistency import (boundary_scalings, consistency_function, guide, lcm_timesteps,
-    multistep_consistency_sample, released_timesteps)
-from pixart_delta_nb.schedules import add_noise, alpha_bar_from_betas, at, linear_betas
+from pixart_delta_nb.consistency import (boundary_scalings, consistency_function, guide, guided_eps, lcm_timesteps,
+                                         multistep_consistency_sample, network_dtype, pair_with_null, predict_eps,
+                                         released_timesteps)
+from pixart_delta_nb.schedules import add_noise, alpha_bar_from_betas, at, eps_to_x0, linear_betas, to_v
 
 ALPHA_BAR = alpha_bar_from_betas(linear_betas())
 
@@ -67,7 +68,7 @@ def test_consistency_function_lifts_half_precision_before_dividing():
     torch.testing.assert_close(out, x0.float(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize('t, match', [(torch.tensor([1000]), 'between 0 and 999'), (torch.tensor([-1]), 'between 0 and 999'),
+@pytest.mark.parametrize('t, match', [(torch.tensor([1000]), '0..999'), (torch.tensor([-1]), '0..999'),
                                       (torch.tensor([3.]), 'integer')])
 def test_consistency_function_refuses_times(t, match):
     x = torch.zeros(1, 4, 2, 2)
@@ -138,9 +139,9 @@ def test_sampler_calls_back_once_a_jump_and_returns_the_last_estimate():
     assert [s[:2] for s in seen] == list(enumerate(lcm_timesteps(3).tolist())) and torch.equal(seen[-1][2], out)
 
 
-@pytest.mark.parametrize('times', [[], [259, 999], [999, 999]])
-def test_sampler_refuses_times_that_do_not_descend(times):
-    with pytest.raises(ValueError, match='descending'):
+@pytest.mark.parametrize('times, match', [([], 'empty'), ([259, 999], 'must descend'), ([999, 999], 'must descend')])
+def test_sampler_refuses_times_that_do_not_descend(times, match):
+    with pytest.raises(ValueError, match=match):
         multistep_consistency_sample(toy_f, torch.zeros(1, 4, 2, 2), torch.tensor(times, dtype=torch.long), ALPHA_BAR)
 
 
@@ -149,9 +150,9 @@ def test_sampler_refuses_a_wrong_number_of_generators():
         multistep_consistency_sample(toy_f, torch.zeros(2, 4, 2, 2), lcm_timesteps(2), ALPHA_BAR, [seeded(0)])
 
 
-@pytest.mark.parametrize('times', [[1000, 19], [19, -1], [500.5]])
-def test_sampler_refuses_times_off_the_table(times):
-    with pytest.raises(ValueError, match='integers between 0 and 999'):
+@pytest.mark.parametrize('times, match', [([1000, 19], '0..999'), ([19, -1], '0..999'), ([500.5], 'must be an integer')])
+def test_sampler_refuses_times_off_the_table(times, match):
+    with pytest.raises(ValueError, match=match):
         multistep_consistency_sample(toy_f, torch.zeros(1, 4, 2, 2), torch.tensor(times), ALPHA_BAR)
 
 
@@ -196,3 +197,112 @@ def test_disagreement_11_the_estimate_of_the_last_jump_has_no_noise(scheduler):
     assert torch.equal(x, denoised)
     ours = multistep_consistency_sample(toy_f, torch.randn(1, 4, 8, 8, generator=seeded(0)), lcm_timesteps(2), ALPHA_BAR, seeded(1))
     assert (ours - denoised).abs().max() < 1e-4*denoised.abs().max()
+
+
+def reads(x, t, caption, mask, size=1.):
+    "A network of any number of axes that reads the words of its caption, not the padding."
+    words = (caption*mask[..., None]).sum((1, 2)).reshape(-1, *[1]*(x.ndim - 1))
+    return torch.tanh(x*size + words + t.reshape(words.shape)/1000)
+
+
+def rows(*shape):
+    "Latents, times, captions and masks of three rows, in float64."
+    g = seeded(3)
+    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    return draw(3, *shape), torch.tensor([19, 500, 999]), draw(3, 5, 2), (torch.arange(5) < torch.tensor([[1], [3], [5]])).long()
+
+
+@pytest.mark.parametrize('shape', [(2,), (4, 6), (4, 2, 3), (4, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction', 'sample'])
+def test_every_parametrisation_gives_the_same_noise_for_any_number_of_axes(shape, prediction):
+    x, t, caption, mask = rows(*shape)
+    def network(x, t, caption, mask):
+        eps, ab = reads(x, t, caption, mask), at(ALPHA_BAR, t, x)
+        x0 = eps_to_x0(x, eps, ab)
+        answer = {'epsilon': eps, 'v_prediction': to_v(x0, eps, ab), 'sample': x0}[prediction]
+        return torch.cat([answer, torch.ones_like(answer)], 1)                          # a learned variance behind it
+    got = predict_eps(network, x, t, caption, mask, ALPHA_BAR, prediction)
+    torch.testing.assert_close(got, reads(x, t, caption, mask), rtol=1e-9, atol=1e-9)
+
+
+def test_a_prediction_without_a_name_or_a_table_is_refused():
+    inputs = rows(4)
+    with pytest.raises(ValueError, match="prediction is 'x0'"): predict_eps(reads, *inputs, ALPHA_BAR, 'x0')
+    with pytest.raises(ValueError, match='with alpha_bar'): predict_eps(reads, *inputs, prediction='sample')
+    with pytest.raises(ValueError, match='first channels'): predict_eps(lambda x, *_: x[..., :1], *rows(4, 2))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_inputs_take_the_precision_of_the_network_and_answers_are_wide(dtype):
+    seen = []
+    class Network(torch.nn.Module):
+        def __init__(self): super().__init__(); self.linear = torch.nn.Linear(2, 4).to(dtype)
+        def forward(self, x, t, caption, mask, control, size):
+            seen.extend((x.dtype, caption.dtype, control.dtype, size.dtype, t.dtype))
+            return x*self.linear(caption).mean((1, 2)).reshape(-1, 1, 1, 1) + control
+    x, t, caption, mask = rows(4, 2, 2)
+    out = predict_eps(Network(), x.float(), t, caption.float(), mask, control=x.float(), size=torch.ones(3, 2))
+    assert seen == [dtype]*3 + [torch.float32, torch.int64] and out.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_a_callable_may_name_its_precision():
+    def half(x, *_): return x
+    half.dtype = torch.bfloat16
+    assert network_dtype(half) == torch.bfloat16 and network_dtype(reads) is None
+
+
+def test_null_captions_keep_their_masks_and_are_padded():
+    x, t, caption, mask = rows(4)
+    words, masks = pair_with_null(caption, mask, torch.ones(1, 2, 2), torch.tensor([[1, 0]]))
+    assert words.shape == (6, 5, 2) and words.dtype == torch.float64 and masks[3:].tolist() == [[1, 0, 0, 0, 0]]*3
+    words, masks = pair_with_null(caption[:, :1], mask[:, :1], torch.ones(1, 2, 2))
+    assert words.shape == (6, 2, 2) and masks.sum(1).tolist() == [1]*3 + [2]*3
+
+
+def test_a_null_caption_may_have_a_row_or_a_mask_for_each_caption():
+    x, t, caption, mask = rows(4, 2)
+    null, own = torch.randn(3, 7, 2, generator=seeded(1)).double(), (torch.arange(7) < torch.tensor([[2], [7], [4]])).long()
+    for given in (null, null[:1]):
+        together = guided_eps(reads, x, t, caption, mask, given, own, 3.5)
+        wanted = guide(reads(x, t, caption, mask), reads(x, t, given.expand(3, -1, -1), own), 3.5)
+        torch.testing.assert_close(together, wanted)
+
+
+@pytest.mark.parametrize('shape', [(2,), (4, 6), (4, 2, 3), (4, 2, 3, 5)], ids=str)
+def test_guidance_in_one_call_equals_two_calls_for_any_number_of_axes(shape):
+    x, t, caption, mask = rows(*shape)
+    null, omega = torch.randn(1, 1, 2, generator=seeded(1)).double(), torch.tensor([0., 1., 5.]).reshape(3, *[1]*len(shape))
+    size = torch.rand(3, *[1]*len(shape), generator=seeded(2)).double()
+    cond = reads(x, t, caption, mask, size)
+    uncond = reads(x, t, null.expand(3, -1, -1), torch.ones(3, 1), size)
+    together = guided_eps(reads, x, t, caption, mask, null, None, omega, size=size)
+    torch.testing.assert_close(together, cond + omega*(cond - uncond))
+
+
+def test_conditions_of_other_rows_are_refused_under_guidance():
+    x, t, caption, mask = (y[:1] for y in rows(4, 2, 2))
+    with pytest.raises(ValueError, match='size has 2 rows for 1 images'):
+        guided_eps(reads, x, t, caption, mask, torch.ones(1, 1, 2), None, 3.5, size=torch.ones(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize('null, own, match', [((1, 1, 5), None, 'one encoder makes both'), ((2, 1, 2), None, '3 rows of the captions'),
+                                              ((1, 2, 2), (1, 1), r'null_mask \(1, 1\)'), ((1, 2, 2), (2, 2), r'null_mask \(2, 2\)')])
+def test_null_captions_that_do_not_fit_are_refused(null, own, match):
+    _, _, caption, mask = rows(4)
+    with pytest.raises(ValueError, match=match): pair_with_null(caption, mask, torch.ones(null), None if own is None else torch.ones(own))
+
+
+def test_a_number_of_steps_may_be_numpys():
+    import numpy as np
+    assert torch.equal(lcm_timesteps(np.int64(4)), lcm_timesteps(4)) and torch.equal(released_timesteps(np.int32(5)), released_timesteps(5))
+
+
+def test_one_step_of_the_sampler_compiles_whole():
+    inputs, g = rows(4, 2, 2), seeded(0)
+    def sample(x): return multistep_consistency_sample(lambda x, t: consistency_function(x, guided_eps(
+        reads, x, t, inputs[2].float(), inputs[3], torch.ones(1, 1, 2), None, 3.5), t, ALPHA_BAR), x, [999], ALPHA_BAR)
+    compiled = torch.compile(sample, fullgraph=True, backend='eager')
+    torch.testing.assert_close(compiled(inputs[0].float()), sample(inputs[0].float()))
+    def again(x, noise): return consistency_function(add_noise(x, noise, at(ALPHA_BAR, inputs[1], x)), noise, inputs[1], ALPHA_BAR)
+    x = inputs[0].float()
+    torch.testing.assert_close(torch.compile(again, fullgraph=True, backend='eager')(x, x), again(x, x))

@@ -104,14 +104,14 @@ def test_every_schedule_gives_a_decreasing_table(T, a, b):
 @every
 @given(st.sampled_from([k for k in range(1, 1001) if 1000 % k == 0]))
 def test_the_skip_grid_ends_at_the_noisiest_time_in_equal_hops(k):
-    grid = solvers.skip_grid(k)
+    grid = S.skip_grid(k)
     assert grid[0] == k - 1 and grid[-1] == 999 and (grid.diff() == k).all() and len(grid) == 1000//k
 
 
 @every
 @given(st.sampled_from([1, 2, 4, 5, 8, 10, 20, 25, 40, 50]), st.data())
 def test_few_step_grids_start_at_the_noisiest_time_and_stay_on_the_skip_grid(k, data):
-    grid = solvers.skip_grid(k)
+    grid = S.skip_grid(k)
     steps = data.draw(st.integers(1, len(grid)))
     for times in (C.lcm_timesteps(steps, k), C.released_timesteps(steps, k)):
         assert len(times) == steps and times[0] == 999 and (times.diff() < 0).all() and torch.isin(times, grid).all()

@@ -42,7 +42,7 @@ def test_dpm_timesteps_equal_diffusers(steps):
 @pytest.mark.parametrize('k', [20, 50, 100])
 def test_ddim_on_the_skip_grid_equals_diffusers(k):
     theirs = reference(DDIMScheduler(**LINEAR, timestep_spacing='trailing', clip_sample=False), 1000 // k, noise(2, 4, 8, 8))
-    ours = solvers.ddim_sample(network, noise(2, 4, 8, 8), solvers.skip_grid(k).flip(0), AB)
+    ours = solvers.ddim_sample(network, noise(2, 4, 8, 8), S.skip_grid(k).flip(0), AB)
     assert (ours - theirs).norm() < 2e-4 * theirs.norm()
 
 
@@ -124,17 +124,17 @@ def test_bad_timesteps_are_refused(sampler, times, message):
 
 
 def test_skip_grid_is_19_39_to_999():
-    assert solvers.skip_grid().tolist() == list(range(19, 1000, 20))
+    assert S.skip_grid().tolist() == list(range(19, 1000, 20))
 
 
 def test_disagreement_3_first_interval_is_clamped_to_zero():
-    grid = solvers.skip_grid()
+    grid = S.skip_grid()
     before = (grid - 20).clamp(min=0)
     assert before[0] == 0 and torch.equal(before[1:], grid[:-1]) and AB[before[0]] == AB[0] < 1
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: solvers.skip_grid(30), 'k is 30'), (lambda: solvers.skip_grid(0), 'k is 0'), (lambda: solvers.skip_grid(20.), 'k is 20.0'),
+    (lambda: S.skip_grid(30), 'k is 30'), (lambda: S.skip_grid(0), 'k is 0'), (lambda: S.skip_grid(20.), 'k is 20.0'),
     (lambda: solvers.dpm_timesteps(0), 'steps is 0'), (lambda: solvers.dpm_timesteps(1000), 'steps is 1000')])
 def test_bad_grids_are_refused(call, message):
     with pytest.raises(ValueError, match=message): call()
@@ -212,7 +212,7 @@ def test_a_wrong_schedule_is_not_cured_by_smaller_steps():
     model = lambda x, t: solvers.mixture_eps(x, AB[t[0]], LINE)                # knows the linear schedule
     x = tensor([[-1.], [.5], [1.]])
     exact = solvers.pf_ode_map(lambda x, ab: solvers.mixture_eps(x, ab, LINE), x, AB[999])
-    error = {(name, k): (solvers.ddim_sample(model, x, solvers.skip_grid(k).flip(0), table) - exact).square().mean().sqrt().item()
+    error = {(name, k): (solvers.ddim_sample(model, x, S.skip_grid(k).flip(0), table) - exact).square().mean().sqrt().item()
              for name, table in (('right', AB), ('wrong', other)) for k in (20, 1)}
     assert error['right', 1] < error['right', 20] / 10
     assert error['wrong', 1] > error['wrong', 20] / 2 and error['wrong', 1] > 20 * error['right', 1]
