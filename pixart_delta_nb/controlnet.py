@@ -4,27 +4,21 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'WIRINGS', 'RENAMED', 'ControlBlock', 'ControlAdapter', 'check_wiring', 'ControlNetTransformer',
-           'check_control', 'check_base', 'Controlled', 'sample_controlled', 'train_controlnet', 'check_data',
-           'save_controlnet', 'load_controlnet', 'convert_released']
+           'check_control', 'check_base', 'train_controlnet', 'save_controlnet', 'load_controlnet', 'convert_released']
 
 # %% ../nbs/11_controlnet.ipynb #2d3daa3b
 import copy, json, math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .checkpoints import put_back
 from .core import load_tensors, read_json, require, save_tensors, seed_everything, write_atomic
-from .folders import check_state
-from .data import precompute_control
-from .optimisers import EMA, bfloat16_products, early_decay, optimisers, warm_constant_decay
-from .schedules import BETAS, alpha_bar_of
-from .sampling import decode, sample_teacher
-from .schedules import add_noise, at
-from .teacher import drop_captions, loss_weight
-from .training import train
-from .folders import WEIGHTS
+from .folders import WEIGHTS, check_state, fingerprint
+from .latents import LatentDataset
+from .optimisers import warm_constant_decay
+from .teacher import check_fields, noise_train, size_fields
 from .transformer import Block, TransformerConfig, caption_bias, check_inputs, unpatchify
 
 # %% ../nbs/11_controlnet.ipynb #2092db3e
@@ -62,7 +56,9 @@ def check_wiring(depth: int, num_copies: int, entry: str, wiring: str) -> None:
 
 # %% ../nbs/11_controlnet.ipynb #6e2460fb
 class ControlNetTransformer(nn.Module):
-    "A frozen PixArt transformer under control (report §4, Fig. 4): `base` as given, `adapter` trained. Raises ValueError on a number of copies that does not fit."
+    """A frozen PixArt transformer under control (report §4, Fig. 4): `base` as given, `adapter` trained.
+
+    Raises ValueError on a number of copies that does not fit."""
     def __init__(self,
                  base,                        # PixArtTransformer; its gradients are switched off
                  num_copies: int = 13,        # N, 1 to depth - 1; the report's final model has 13 of 28
@@ -108,12 +104,12 @@ class ControlNetTransformer(nn.Module):
         latents: Tensor,                       # (B, C, H, W), as of the base
         timestep: Tensor,                      # (B,)
         caption: Tensor,                       # (B, L, caption_channels)
-        caption_mask: Tensor | None,           # (B, L)
-        control: Tensor,                       # (B, C, H, W) scaled latents of the condition picture
+        caption_mask: Tensor | None = None,    # (B, L)
+        control: Tensor | None = None,         # (B, C, H, W) scaled latents of the condition pictures, one a row
         conditioning_scale: float = 1.,        # s; 0 is the base alone
         resolution=None, aspect_ratio=None, omega=None,    # micro-conditions and guidance strength, as of the base
     ) -> Tensor:                               # (B, out_channels, H, W)
-        "Noise under control. Raises ValueError on shapes that do not fit and a scale that is not finite."
+        "Noise under control; `ValueError` without a control of each row's size, and for a scale that is not finite."
         base = self.base
         check_inputs(base.config, latents, timestep, caption, caption_mask, resolution, aspect_ratio, omega)
         check_control(latents, control, conditioning_scale)
@@ -126,107 +122,57 @@ class ControlNetTransformer(nn.Module):
         return unpatchify(x, *latents.shape[-2:], base.config.patch_size)               # (B, C_out, H, W)
 
 # %% ../nbs/11_controlnet.ipynb #7bf3c891
-def check_control(latents: Tensor, control: Tensor, scale: float) -> None:
-    "Raises ValueError unless control fits the latents and the scale is finite."
+def check_control(
+    latents: Tensor, # (B, C, H, W)
+    control: Tensor | None, # what was given with them
+    scale: float # conditioning scale
+) -> None:
+    "`ValueError` unless there is a control of its size for each latent, and the scale is finite."
+    require(control is not None, 'the network is under control, but no control was given: pass control=, one condition picture an image.')
     require(control.shape == latents.shape,
-            lambda: f'control has shape {tuple(control.shape)}, but must have that of the latents, {tuple(latents.shape)}: encode one condition picture of the same size an image.')
-    require(isinstance(scale, (int, float)) and math.isfinite(scale), lambda: f'conditioning_scale is {scale!r}, but must be a finite number: pass 1, or 0 for no control.')
+            lambda: f'control has shape {tuple(control.shape)}, but must have that of the latents, {tuple(latents.shape)}: '
+            'encode one condition picture of the same size an image, and twice as many rows where guidance doubles the batch.')
+    require(isinstance(scale, (int, float)) and math.isfinite(scale),
+            lambda: f'conditioning_scale is {scale!r}, but must be a finite number: pass 1, or 0 for no control.')
 
-def check_base(config: TransformerConfig, expected: TransformerConfig) -> None:
-    "Raises ValueError, naming the first difference, unless both configs describe the same blocks and patches."
+def check_base(
+    config: TransformerConfig, # of the base that is given
+    expected: TransformerConfig # of the base of training
+) -> None:
+    "`ValueError`, naming what differs, unless both configs describe the same blocks and patches."
     mine, theirs = (asdict(c) for c in (config, expected))
-    wrong = [k for k in theirs if k not in ('guidance_embed_dim', 'sample_size', 'interpolation_scale') and mine[k] != theirs[k]]
-    require(not wrong, lambda: f'this ControlNet belongs to a base with {", ".join(f"{k} = {theirs[k]}" for k in wrong)}, but the base has {", ".join(f"{k} = {mine[k]}" for k in wrong)}: take the base it was trained on, or a student of it.')
-
-# %% ../nbs/11_controlnet.ipynb #fe96aa98
-class Controlled(nn.Module):
-    "A transformer with a condition built in, for a Pipeline in the transformer's place; let the sampler take all B images as one batch, or use `sample_controlled`."
-    def __init__(self,
-                 net: ControlNetTransformer,          # trained copies around the base to be used
-                 control: Tensor,                     # (B, C, h, w) latents of the conditions, one an image; or one for all
-                 conditioning_scale: float = 1.,      # s
-                 ):
-        super().__init__()
-        self.net, self.control, self.conditioning_scale = net, control, conditioning_scale
-    @property
-    def config(self): return self.net.config
-    def forward(self, latents, timestep, caption, caption_mask=None, **conditions):
-        "As of the base; `ValueError` unless the rows are those of the control, once or twice."
-        B, n = len(latents), len(self.control)
-        require(n == 1 or B in (n, 2*n), lambda: f'there are {n} condition pictures for a batch of {B} rows, but each image needs one (twice with guidance): pass batch_size={n}.')
-        control = self.control.to(latents).repeat(B//n, 1, 1, 1)                        # (B, C, h, w)
-        return self.net(latents, timestep, caption, caption_mask, control, self.conditioning_scale, **conditions)
-
-# %% ../nbs/11_controlnet.ipynb #e920c034
-def sample_controlled(
-    pipe, # Pipeline of a teacher or of a student
-    net: ControlNetTransformer, # trained with the teacher; its base is swapped for the pipeline's transformer
-    captions: list, # B strings
-    pictures: Tensor, # (B, 3, H, W) condition pictures in [-1, 1]
-    sampler=sample_teacher, # or `sample_student`
-    scale: float = 1., # conditioning scale
-    seeds: list | None = None, # one an image; 0, 1, … if None
-    batch_size: int = 32, # images at once
-    **options # steps, guidance_scale of the sampler
-) -> Tensor: # (B, 3, H, W) in [0, 1]
-    "Images of captions under control, of the pictures' size; `ValueError` unless each caption has a picture."
-    require(len(captions) == len(pictures), lambda: f'there are {len(pictures)} condition pictures for {len(captions)} captions, but each caption needs one: repeat or drop some.')
-    net, seeds, out = net.with_base(pipe.transformer), seeds or list(range(len(captions))), []
-    control, size = precompute_control(pipe.vae, pictures, pipe.scaling_factor), tuple(pictures.shape[-2:])
-    for i in range(0, len(captions), batch_size):
-        part = slice(i, i + batch_size)
-        steered = replace(pipe, transformer=Controlled(net, control[part], scale))
-        out.append(decode(pipe, sampler(steered, captions[part], seeds=seeds[part], batch_size=batch_size, size=size, **options)))
-    return torch.cat(out)
+    free = ('guidance_embed_dim', 'sample_size', 'interpolation_scale')
+    wrong = [k for k in theirs if k not in free and mine[k] != theirs[k]]
+    require(not wrong, lambda: f'this ControlNet belongs to a base with {", ".join(f"{k} = {theirs[k]}" for k in wrong)}, '
+            f'but the base has {", ".join(f"{k} = {mine[k]}" for k in wrong)}: take the base it was trained on, or a student of it.')
 
 # %% ../nbs/11_controlnet.ipynb #671416d6
 def train_controlnet(
-    base, # PixArtTransformer, frozen
-    data, # LatentDataset with control latents, of `precompute_control`
+    base: nn.Module, # PixArtTransformer, frozen
+    data: LatentDataset, # D_z with control latents
     out: str | Path, # folder of checkpoint and log
     steps: int = 4000, # optimiser steps
     num_copies: int = 7, # N
     entry: str = 'report', # see ControlNetTransformer
     wiring: str = 'transformer', # likewise
-    batch_size: int = 32, # rows a step
-    lr: float = 1e-3, # peak rate
-    seed: int = 0, # of batches, noise and dropped captions
+    seed: int = 0, # of batches, times, noise and dropped captions
     device: str = 'cpu', # where the network runs
-    bf16: bool = False, # products in bfloat16
     wrap=lambda net: net, # what shares the rows of the network out over processes, such as `scale.accelerated`
-    **options # of `training.train`: resume, until, log, log_every, save_every, progress
+    **options # of `noise_train`: batch_size, lr, alpha_bar, bf16, and those of `train`
 ) -> ControlNetTransformer: # with the moving average of the adapter, in evaluation mode
     "Train the copies and zero layers of a ControlNet (report §4); `ValueError` on data without control, and as in `train`."
-    check_data(data, base.config)
-    generator, alpha_bar = seed_everything(seed), alpha_bar_of(BETAS)
-    net = ControlNetTransformer(base.eval().to(device), num_copies, entry, wiring)
-    ema, net = EMA(net.adapter), wrap(net)
-    def step_fn(step, steps):
-        rows = data.draw(batch_size, generator)
-        t = torch.randint(0, len(alpha_bar), (batch_size,), generator=generator)
-        hh, mm = drop_captions(rows.caption, rows.mask, rows.null, generator)           # (B, L, C), (B, L)
-        eps = torch.randn(rows.z.shape, generator=generator)                            # (B, 4, h, w)
-        a = at(alpha_bar, t, eps)                                                       # (B, 1, 1, 1)
-        inputs = (y.to(device) for y in (add_noise(rows.z, eps, a), t, hh, mm, rows.control))
-        told = {k: getattr(rows, k).to(device) for k in ('resolution', 'aspect_ratio') if net.config.use_additional_conditions}
-        with bfloat16_products(device, bf16): out = net(*inputs, **told)[:, :rows.z.shape[1]]
-        return (loss_weight(a).to(device)*(out.float() - eps.to(device)).square()).mean()
-    state = {'adapter': net.adapter, 'ema': ema, 'generator': generator} | optimisers(
-        net.adapter, lambda name, p: 'transformer_block' in name and p.ndim == 2 and 'table' not in name, lr, betas=(.9, .99), dtype=torch.bfloat16 if bf16 else None)
-    config = dict(num_copies=num_copies, entry=entry, wiring=wiring, batch_size=batch_size, lr=lr, seed=seed, bf16=bf16)
-    train(step_fn, state, steps, out, schedule=warm_constant_decay(50, .6, .01), clip=1., config=config,
-          after=lambda step, steps: ema.update(net.adapter, early_decay(.998, step)), **options)
-    put_back(net.adapter, ema.state_dict())
+    fields = ('control', *size_fields(base.config))
+    check_fields(data, base.config, fields)
+    require(data.control.shape == data.z.shape, lambda: f'control has shape {tuple(data.control.shape)} and latents {tuple(data.z.shape)}, '
+            'but each latent needs a control of its size: encode one picture a row.')
+    seed_everything(seed)
+    config = dict(num_copies=num_copies, entry=entry, wiring=wiring, teacher=fingerprint(base))
+    net = wrap(ControlNetTransformer(base.eval().to(device), num_copies, entry, wiring))
+    is_matrix = lambda name, p: 'transformer_block' in name and p.ndim == 2 and 'table' not in name
+    options = {'schedule': warm_constant_decay(50, .6, .01), 'batch_size': 32, 'lr': 1e-3} | options
+    average = noise_train(net, net.adapter, data, out, steps, is_matrix, config, fields, seed=seed, device=device, **options)
+    put_back(net.adapter, average.state_dict())
     return net.eval()
-
-# %% ../nbs/11_controlnet.ipynb #402ef1e0
-def check_data(data, config: TransformerConfig) -> None:
-    "Raises ValueError unless the LatentDataset holds a control for each latent and captions of the base's width."
-    sizes = ('resolution', 'aspect_ratio')*config.use_additional_conditions
-    missing = [k for k in ('control', *sizes) if getattr(data, k) is None]
-    require(not missing, lambda: f'the data lacks {", ".join(missing)}; a ControlNet needs the fields of precompute and control: add precompute_control.')
-    require(data.control.shape == data.z.shape, lambda: f'control has shape {tuple(data.control.shape)} and latents {tuple(data.z.shape)}, but each latent needs a control of its size: encode one picture a row.')
-    require(data.caption.shape[-1] == config.caption_channels, lambda: f'the captions have width {data.caption.shape[-1]}, but the base reads {config.caption_channels}: use its text encoder.')
 
 # %% ../nbs/11_controlnet.ipynb #27e7ed2b
 def save_controlnet(

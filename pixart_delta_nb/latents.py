@@ -6,6 +6,7 @@
 __all__ = ['Batch', 'LatentDataset']
 
 # %% ../nbs/05c_latents.ipynb #004b4f60
+import hashlib, json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 import torch
@@ -50,8 +51,21 @@ class LatentDataset:
     def __post_init__(self):
         require(len(self.z) == len(self.caption) == len(self.mask) > 0,
                 lambda: f'there are {len(self.z)} latents, {len(self.caption)} captions and {len(self.mask)} masks, but D_z needs one each: precompute it again.')
+        for name in ('z', 'caption', 'null', 'control'):
+            x = getattr(self, name)
+            ok = not isinstance(x, Tensor) or bool(x.isfinite().all())
+            require(ok, lambda: f'{name} of the data holds values that are not finite, on which no network can be trained: look for a broken picture, and precompute it again.')
 
     def __len__(self): return len(self.z)
+
+    @property
+    def fingerprint(self) -> str: # sixteen hexadecimal digits
+        "What tells one data set from another: a digest of its size, its facts and a few rows."
+        found = hashlib.sha256(json.dumps([len(self), self.facts], sort_keys=True, default=str).encode())
+        rows = torch.linspace(0, len(self) - 1, min(len(self), 8)).long()
+        parts = [self.z[rows], self.caption[rows], self.mask[rows], self.null] + ([] if self.control is None else [self.control[rows]])
+        for part in parts: found.update(at_least_float32(part.detach()).contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def draw(self,
         batch_size: int, # rows to draw, with replacement
@@ -64,7 +78,9 @@ class LatentDataset:
         longest = int(mask.sum(1).max())
         more = {k: v[rows] for k in ('resolution', 'aspect_ratio', 'control') if (v := getattr(self, k)) is not None}
         caption = at_least_float32(self.caption[rows, :longest])
-        return Batch(at_least_float32(self.z[rows]), caption, mask[:, :longest], self.null, self.null_mask, **more)
+        own = self.null_mask is not None and len(self.null_mask) > 1              # one null mask a row, as in the released code
+        null_mask = self.null_mask[rows] if own else self.null_mask
+        return Batch(at_least_float32(self.z[rows]), caption, mask[:, :longest], self.null.detach(), null_mask, **more)
 
     def check(self,
         scaling_factor: float | None = None, # of the pipeline that is to use these latents

@@ -8,14 +8,12 @@ __all__ = ['one_model', 'adapter_of', 'lora_train']
 # %% ../nbs/10a_lcm_lora.ipynb #6729df86
 import contextlib
 from pathlib import Path
-import torch
 from torch import Tensor, nn
-from .core import require
-from .distill import lcd_step
-from .lora import base_only, lora_layers, lora_parameters
-from .optimisers import EMA, adamw
-from .training import train
+from .distill import check_decay, lcd_loop
+from .folders import fingerprint
 from .latents import LatentDataset
+from .lora import base_only, lora_layers, lora_parameters
+from .optimisers import EMA
 
 # %% ../nbs/10a_lcm_lora.ipynb #10a00037
 @contextlib.contextmanager
@@ -54,30 +52,18 @@ def lora_train(
     alpha_bar: Tensor, # (T,) table of ᾱ
     out: str | Path, # folder of checkpoint and log
     steps: int = 5000, # optimiser steps
-    batch_size: int = 16, # rows a step
-    lr: float = 2e-5, # AdamW's rate after warm-up
-    omega: float = 3.5, # guidance ω = s - 1
-    k: int = 20, # skip (steps)
     mu: float = 0., # EMA decay of the target; 0 for the stop-gradient student
-    seed: int = 0, # of batches, n and noise
-    warmup: int = 100, # steps of linear warm-up
-    clip: float = 0.01, # gradient norm, 0 for none
-    eight_bit: bool = False, # AdamW's moments in 8 bits
-    resume: bool = False, # continue where `out` holds a checkpoint
-    **engine # log, until, log_every, save_every, progress, schedule of `training.train`
+    batch_size: int = 16, # rows a step
+    **options # of `lcd_loop`: lr, omega, k, seed, warmup, clip, eight_bit, resume, …
 ) -> list: # records of the loss; the adapter of `model` is trained in place
-    """Algorithm 1 on an adapter; its checkpoint holds no base weight, and it stops and resumes bit for bit (report §3.3).
+    """Algorithm 1 on an adapter (report §3.3); its checkpoint holds no base weight.
 
-    Raises `ValueError` without an adapter, for a merged one, μ outside [0, 1], an empty data set and a checkpoint of another run."""
-    require(0 <= mu <= 1, lambda: f'mu={mu} must lie between 0 and 1, as it weighs the past of the target; pass 0.95.')
-    parameters, adapter, generator = lora_parameters(model.eval()), adapter_of(model), torch.Generator().manual_seed(seed)
-    optimiser, ema = adamw(parameters, lr, eight_bit, eps=1e-10), EMA(adapter) if mu else None
-    networks, device = one_model(model, ema), parameters[0].device
-    def step_fn(step, steps):
-        batch = data.draw(batch_size, generator).to(device)
-        return lcd_step(*networks, batch, alpha_bar, omega, k, generator)
-    config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, mu=mu, seed=seed, warmup=warmup, clip=clip, eight_bit=eight_bit, **model.lora_settings)
-    engine.setdefault('schedule', lambda step, steps: min(1., (step + 1)/max(warmup, 1)))
-    state = {'adapter': adapter, 'adamw': optimiser, 'generator': generator} | ({'target': ema} if mu else {})
-    after = (lambda step, steps: ema.update(adapter, mu)) if mu else None
-    return train(step_fn, state, steps, out, resume, clip=clip, after=after, config=config, **engine)
+    Raises `ValueError` as `lcd_loop` does, without an adapter, for a merged one, and for μ outside [0, 1]."""
+    check_decay(mu)
+    lora_parameters(model.eval())                                               # refuses a model without an adapter
+    adapter = adapter_of(model)
+    ema = EMA(adapter) if mu else None
+    frozen = nn.ParameterList(p for p in model.parameters() if not p.requires_grad)
+    config = {'mu': mu, 'teacher': fingerprint(frozen)} | model.lora_settings
+    averages = {'target': (ema, lambda step: mu)} if mu else {}
+    return lcd_loop(one_model(model, ema), adapter, averages, data, alpha_bar, out, steps, batch_size, config=config, **options)
