@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'METHODS', 'Method', 'parse_methods', 'sample', 'images_of', 'Kit', 'open_kit', 'tiny_kit', 'prompts',
-           'real_images', 'autoencoder_psnr', 'exam', 'grade', 'Figured', 'measured', 'walk']
+           'real_images', 'autoencoder_psnr', 'exam', 'grade', 'Figured', 'measured', 'walk', 'stored']
 
 # %% ../../nbs/evidence/kit.ipynb #7ae60a24
 import functools, json, time
 from dataclasses import dataclass
 from pathlib import Path
+import pixart_delta_nb
 import torch
 from ..core import progress, read_json, require, write_atomic
 from ..provenance import provenance
@@ -230,3 +231,13 @@ def walk(
         folder = out/f'{mark:06d}'
         if not (folder/'config.json').is_file(): train_to(mark, folder)
         yield mark, load(folder)
+
+# %% ../../nbs/evidence/kit.ipynb #8066a8ae
+def stored(
+    name: str, # of a results file, such as fig2
+    folder: str | Path | None = None, # of results; None: that of this checkout
+) -> dict | None: # its numbers; None, and a line that says so, where the run has not been made
+    "The numbers of a stored run."
+    path = Path(folder or Path(pixart_delta_nb.__file__).parent.parent/'results')/f'{name}.json'
+    if path.is_file(): return read_json(path)
+    print(f'results/{path.name} has not been made yet')
