@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['require', 'require_values', 'whole', 'seed_everything', 'at_least_float32', 'as_dtype', 'write_atomic', 'sha256',
            'save_tensors', 'load_tensors', 'load_metadata', 'read_json', 'PlainProgress', 'progress', 'catch_stop',
-           'one_line', 'plain_console', 'rank', 'anywhere', 'gathered', 'split_like']
+           'one_line', 'rank', 'anywhere', 'gathered', 'split_like']
 
 # %% ../nbs/00_core.ipynb #bb2b7ae4
 import contextlib, hashlib, json, operator, os, random, signal, sys, threading, time, uuid
@@ -255,11 +255,6 @@ def one_line(
     "A user's text as a message may quote it."
     start = ' '.join(text[:10*most].split())
     return start if len(start) <= most and len(text) <= 10*most else start[:most - 1] + '…'
-
-def plain_console() -> None:
-    "From now on stdout and stderr escape what their encoding lacks, instead of raising UnicodeEncodeError."
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
 
 # %% ../nbs/00_core.ipynb #b31db9b8
 def rank():
