@@ -105,6 +105,7 @@ def multistep_consistency_sample(
 
     Raises `ValueError` for times that do not descend or leave the table, for a table that does not decrease,
     and for a list of generators of another length."""
+    estimate = None
     for i, t in enumerate(check_timesteps(timesteps, alpha_bar)):
         batch_t = torch.full((len(x),), t, device=x.device)                 # (B,)
         if i: x = add_noise(estimate, _fresh_noise(x, generator), at(alpha_bar, batch_t, x))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .consistency import consistency_function
-from .core import require
+from .consistency import consistency_function, guide
+from .core import require, require_values
 from .schedules import add_noise, at, check_alpha_bar, eps_to_x0, gaussian_eps, log_snr, skip_grid
 from .solvers import Mixture, ddim_step, mixture_eps, pf_ode_map
 
@@ -58,6 +58,13 @@ def draw(
     return world.data.mean.float()[j] + world.data.std.float()[j, None]*noise, world.classes[j]
 
 # %% ../nbs/04_toy.ipynb #09e60d4d
+def _check_label(label, null):
+    "The rule of every label: a class, or the null label behind the classes."
+    require_values(label, lambda c: ((c >= 0) & (c <= null)).all(),
+                   lambda: f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{null}, '
+                           f'where {null} is the null label.')
+
+
 def exact_eps(
     x: Tensor, # (B, 2) noisy points
     alpha_bar_t: Tensor, # scalar, or (B, 1) from `at`
@@ -68,13 +75,12 @@ def exact_eps(
     """Best noise prediction for captioned data, guided by equation (1) (report, Algorithm 1).
 
     Raises `ValueError` for a negative ω, a wrong shape or a label that the data lack."""
-    require(omega >= 0, lambda: f'omega is {omega}; guidance is cond + ω(cond - uncond) with ω at least 0, so pass s - 1 if you think in s.')
     require(x.ndim == 2 and x.shape[1] == 2 and label.shape == x.shape[:1],
-            lambda: f'x has shape {tuple(x.shape)} and label {tuple(label.shape)}; they must be (B, 2) and (B,), so give one label a point.')
-    require(bool(((label >= 0) & (label <= world.null)).all()),
-            lambda: f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{world.null}, where {world.null} is the null label.')
+            lambda: f'x has shape {tuple(x.shape)} and label {tuple(label.shape)}; they must be (B, 2) and (B,), '
+                    'so give one label a point.')
+    _check_label(label, world.null)
     eps = mixture_eps(x, alpha_bar_t, world.data, world.named(label))
-    if omega: eps = eps + omega*(eps - mixture_eps(x, alpha_bar_t, world.data))
+    if omega: eps = guide(eps, mixture_eps(x, alpha_bar_t, world.data), omega)
     return eps.to(x.dtype)
 
 # %% ../nbs/04_toy.ipynb #249692e4
@@ -93,7 +99,9 @@ def exact_map(
 
 # %% ../nbs/04_toy.ipynb #5de3c83f
 class ToyNet(nn.Module):
-    "Noise prediction for points in the plane, equation (2); `ValueError` for a table that does not decrease, a width that is not positive and a label beyond the null label."
+    """Noise prediction for points in the plane, equation (2).
+
+    `ValueError` for a table that does not decrease, a width that is not positive and a label beyond the null label."""
     def __init__(self,
         classes: int, # number of classes, without the null label
         alpha_bar: Tensor, # (T,) table of ᾱ that the network is trained with
@@ -103,20 +111,24 @@ class ToyNet(nn.Module):
         super().__init__()
         check_alpha_bar(alpha_bar)
         require(data_std > 0, lambda: f'data_std is {data_std}; the data must vary, so pass a positive number.')
-        self.labels, self.data_std = classes + 1, data_std
+        self.null, self.data_std = classes, data_std
         self.register_buffer('alpha_bar', alpha_bar)
-        self.body = nn.Sequential(nn.Linear(19 + self.labels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                  nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+        sides = [20 + classes, width, width, width]
+        layers = [layer for n_in, n_out in zip(sides, sides[1:]) for layer in (nn.Linear(n_in, n_out), nn.SiLU())]
+        self.body = nn.Sequential(*layers, nn.Linear(width, 2))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def features(self, x, t, label): # (B, 2), (B,), (B,) -> (B, 20 + classes)
         ab = at(self.alpha_bar, t, x)                                                            # (B, 1)
-        scale = (ab*self.data_std**2 + 1 - ab).sqrt()
-        y, u = x/scale, log_snr(ab)
+        y, u = x/(ab*self.data_std**2 + 1 - ab).sqrt(), log_snr(ab)
         waves = [f(y*w) for w in (1.5, 3.) for f in (torch.sin, torch.cos)]                      # 4 of (B, 2)
         waves += [f(u*math.pi/22*2**j) for j in range(4) for f in (torch.sin, torch.cos)]        # 8 of (B, 1)
-        require(bool(((label >= 0) & (label < self.labels)).all()), lambda: f'label spans [{label.min()}, {label.max()}]; it must lie in 0..{self.labels - 1}, where {self.labels - 1} is the null label.')
-        words = nn.functional.one_hot(label, self.labels).to(x)
-        left = self.body(torch.cat([y, u/8, *waves, words], 1))
+        return torch.cat([y, u/8, *waves, nn.functional.one_hot(label, self.null + 1).to(x)], 1)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        _check_label(label, self.null)
+        ab = at(self.alpha_bar, t, x)                                                            # (B, 1)
+        scale = (ab*self.data_std**2 + 1 - ab).sqrt()
+        left = self.body(self.features(x, t, label))
         return gaussian_eps(x, ab, self.data_std) - ab.sqrt()*self.data_std/scale*left           # (B, 2)
 
 # %% ../nbs/04_toy.ipynb #ca3695d8
@@ -124,19 +136,20 @@ def fit_eps(
     network: ToyNet, # changed in place
     world: Captioned,
     steps: int = 1500, # optimiser steps
-    batch: int = 512, # points a step
+    batch_size: int = 512, # points a step
     lr: float = 2e-3, # highest learning rate, reached after 100 steps
     seed: int = 0, # of the draws
 ) -> ToyNet: # `network`
     "Regress a network on `exact_eps` without guidance; `ValueError` for fewer than one step."
-    require(steps >= 1 and batch >= 1, lambda: f'steps is {steps} and batch {batch}; both must be at least 1, so pass for example 1500 and 512.')
+    require(steps >= 1 and batch_size >= 1,
+            lambda: f'steps is {steps} and batch_size {batch_size}; both must be at least 1, so pass for example 1500 and 512.')
     g, ab_table = torch.Generator().manual_seed(seed), network.alpha_bar
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.)
     for i in range(steps):
         optimizer.param_groups[0]['lr'] = lr*min(1, (i + 1)/100)*(1 + math.cos(math.pi*i/steps))/2
-        z, label = draw(world, batch, g)
-        label = torch.where(torch.rand(batch, generator=g) < .2, world.null, label)
-        t = torch.randint(len(ab_table), (batch,), generator=g)
+        z, label = draw(world, batch_size, g)
+        label = torch.where(torch.rand(batch_size, generator=g) < .2, world.null, label)
+        t = torch.randint(len(ab_table), (batch_size,), generator=g)
         ab = at(ab_table, t, z)                                                                  # (B, 1)
         x = add_noise(z, torch.randn(z.shape, generator=g), ab)
         weight = (ab*network.data_std**2 + 1 - ab)/(ab*network.data_std**2)                      # undoes the factor of F in (2)
@@ -147,31 +160,40 @@ def fit_eps(
 # %% ../nbs/04_toy.ipynb #c22f0a7c
 @dataclass(frozen=True)
 class Recipe:
-    "Settings of Algorithm 1, checked; the defaults are the report's where it states them."
+    "Settings of Algorithm 1; the defaults are the report's where it states them. `ValueError` for one that cannot work."
     omega: float = 3.5      # guidance ω = s - 1, fixed
     k: int = 20             # skip (steps)
     mu: float = .95         # EMA of the target; 0 makes the target the student itself
     huber: float = 1e-3     # h of equation (4)
     steps: int = 5000       # optimiser steps
-    batch: int = 256        # points a step
+    batch_size: int = 256   # points a step
     lr: float = 1e-3        # highest learning rate
     boundary: bool = True   # c_skip and c_out; False is f = x̂₀
     first: str = 'clamp'    # grid index 0 goes to t = 0 with ᾱ₀ ('clamp'), with ᾱ = 1 ('clean'), or is never drawn ('skip')
-    pairs: str = 'solver'   # the second point comes from DDIM with the teacher, or from the same 'noise' (consistency training)
+    pairs: str = 'solver'   # the second point: DDIM with the teacher, or the same 'noise' (consistency training)
     drop: float = 0.        # share of labels that the student alone replaces by null
     clip: float = 0.        # largest norm of the gradient; 0 is none
     adam_eps: float = 1e-8  # ε of AdamW
 
-    def __post_init__(self):
-        require(self.omega >= 0, lambda: f'omega is {self.omega}; guidance ω = s - 1 must not be negative, so pass 0 for none.')
-        require(0 <= self.mu < 1, lambda: f'mu is {self.mu}; the EMA needs 0 <= mu < 1, or the target never moves, so pass 0.95.')
-        require(self.huber > 0, lambda: f'huber is {self.huber}; it must be positive, or the gradient is undefined at zero, so pass 0.001.')
-        require(min(self.steps, self.batch, self.k) >= 1, lambda: f'steps={self.steps}, batch={self.batch}, k={self.k}; each must be at least 1.')
-        require(self.first in ('clamp', 'clean', 'skip'), lambda: f"first is {self.first!r}; it must be 'clamp', 'clean' or 'skip'.")
-        require(self.pairs in ('solver', 'noise'), lambda: f"pairs is {self.pairs!r}; it must be 'solver' or 'noise'.")
-        require(self.pairs == 'solver' or self.omega == 0, lambda: f'omega is {self.omega}; without a teacher there is nothing to guide, so pass omega=0.')
-        require(0 <= self.drop < 1 and self.clip >= 0, lambda: f'drop={self.drop}, clip={self.clip}; they need 0 <= drop < 1 and clip >= 0.')
-        require(self.lr > 0 and self.adam_eps > 0, lambda: f'lr={self.lr}, adam_eps={self.adam_eps}; AdamW needs both positive, so pass 1e-3 and 1e-8.')
+    def __post_init__(self): _check_recipe(self)
+
+# %% ../nbs/04_toy.ipynb #9181b49e
+def _check_recipe(r):
+    "`ValueError`, in one sentence, for the first setting that cannot work."
+    rules = [
+        (r.omega >= 0, f'omega is {r.omega}; guidance ω = s - 1 must not be negative, so pass 0 for none.'),
+        (0 <= r.mu < 1, f'mu is {r.mu}; the EMA needs 0 <= mu < 1, or the target never moves, so pass 0.95.'),
+        (r.huber > 0, f'huber is {r.huber}; it must be positive, or the gradient is undefined at zero, so pass 0.001.'),
+        (min(r.steps, r.batch_size, r.k) >= 1,
+         f'steps={r.steps}, batch_size={r.batch_size}, k={r.k}; each must be at least 1.'),
+        (r.first in ('clamp', 'clean', 'skip'), f"first is {r.first!r}; it must be 'clamp', 'clean' or 'skip'."),
+        (r.pairs in ('solver', 'noise'), f"pairs is {r.pairs!r}; it must be 'solver' or 'noise'."),
+        (r.pairs == 'solver' or r.omega == 0,
+         f'omega is {r.omega}; without a teacher there is nothing to guide, so pass omega=0.'),
+        (0 <= r.drop < 1 and r.clip >= 0, f'drop={r.drop}, clip={r.clip}; they need 0 <= drop < 1 and clip >= 0.'),
+        (r.lr > 0 and r.adam_eps > 0,
+         f'lr={r.lr}, adam_eps={r.adam_eps}; AdamW needs both positive, so pass 1e-3 and 1e-8.')]
+    for ok, message in rules: require(ok, message)
 
 # %% ../nbs/04_toy.ipynb #c3835174
 def jump(
@@ -205,8 +227,8 @@ def toy_loss(
     ab_nk, ab_n = at(alpha_bar, t_nk, z), at(alpha_bar, t_n, z)                                  # (B, 1)
     if recipe.first == 'clean': ab_n = torch.where(n[:, None] == 0, 1., ab_n)
     z_nk = add_noise(z, noise, ab_nk)
-    dropped = torch.rand(len(z), generator=generator) < recipe.drop
-    prediction = jump(student, z_nk, t_nk, torch.where(dropped, world.null, label), alpha_bar, recipe.boundary)
+    kept = torch.where(torch.rand(len(z), generator=generator) < recipe.drop, world.null, label)
+    prediction = jump(student, z_nk, t_nk, kept, alpha_bar, recipe.boundary)
     with torch.no_grad():
         eps = exact_eps(z_nk, at(student.alpha_bar, t_nk, z), label, world, recipe.omega)        # (1)
         z_n = ddim_step(z_nk, eps, ab_nk, ab_n) if recipe.pairs == 'solver' else add_noise(z, noise, ab_n)
@@ -224,19 +246,19 @@ def distil_toy(
 ) -> tuple: # student, and {step: copy}
     "Latent Consistency Distillation in two dimensions (report, Algorithm 1); `ValueError` if k does not divide T."
     alpha_bar = network.alpha_bar if alpha_bar is None else alpha_bar
-    skip_grid(recipe.k, len(alpha_bar))                                                          # refuses a wrong k before any work
     g, kept = torch.Generator().manual_seed(seed), {}
     student, target = copy.deepcopy(network), copy.deepcopy(network).requires_grad_(False)       # θ⁻ ← θ ← teacher
     optimizer = torch.optim.AdamW(student.parameters(), lr=recipe.lr, weight_decay=0., eps=recipe.adam_eps)
     for i in range(recipe.steps):
         if i in keep: kept[i] = copy.deepcopy(student)
         optimizer.param_groups[0]['lr'] = recipe.lr*min(1, (i + 1)/100, 2*(1 - i/recipe.steps))
-        z, label = draw(world, recipe.batch, g)
+        z, label = draw(world, recipe.batch_size, g)
         loss = toy_loss(student, target, world, z, label, alpha_bar, recipe, g)
         optimizer.zero_grad(); loss.backward()
         if recipe.clip: nn.utils.clip_grad_norm_(student.parameters(), recipe.clip)
         optimizer.step()
-        for slow, fast in zip(target.parameters(), student.parameters()): slow.data.lerp_(fast.data, 1 - recipe.mu)   # (5)
+        for slow, fast in zip(target.parameters(), student.parameters()):
+            slow.data.lerp_(fast.data, 1 - recipe.mu)                                            # (5)
     if recipe.steps in keep: kept[recipe.steps] = copy.deepcopy(student)
     return student.requires_grad_(False), kept
 

@@ -64,7 +64,7 @@ def test_guidance_is_linear_and_vanishes_for_the_null_label(points):
     torch.testing.assert_close(exact_eps(x, ALPHA_BAR[500], null, RING, 3.), exact_eps(x, ALPHA_BAR[500], null, RING))
 
 
-@pytest.mark.parametrize('change, match', [(dict(omega=-.5), 'omega is -0.5'), (dict(label=torch.full((40,), 5)), r'0\.\.4'),
+@pytest.mark.parametrize('change, match', [(dict(omega=-.5), 'omega=.-0.5. must not be negative'), (dict(label=torch.full((40,), 5)), r'0\.\.4'),
                                            (dict(label=torch.full((40,), -1)), r'0\.\.4'), (dict(label=torch.zeros(3).long()), 'one label a point'),
                                            (dict(x=torch.zeros(40, 3)), r'must be \(B, 2\)')])
 def test_exact_eps_refuses(points, change, match):
@@ -115,11 +115,11 @@ def test_fit_lowers_the_error_and_is_repeatable(network):
     z, label = draw(RING, 500, seeded(1))
     x, t = add_noise(z, torch.randn(z.shape, generator=seeded(2)), ALPHA_BAR[500]), torch.full((500,), 500)
     error = lambda net: (net(x, t, label) - exact_eps(x, ALPHA_BAR[500], label, RING)).square().mean().item()
-    first, second = (fit_eps(copy.deepcopy(network), RING, steps=80, batch=64, lr=.02, seed=4) for _ in range(2))
+    first, second = (fit_eps(copy.deepcopy(network), RING, steps=80, batch_size=64, lr=.02, seed=4) for _ in range(2))
     assert error(first) < .8*error(network) and torch.equal(first.body[0].weight, second.body[0].weight)
 
 
-@pytest.mark.parametrize('bad', [dict(steps=0), dict(batch=0)])
+@pytest.mark.parametrize('bad', [dict(steps=0), dict(batch_size=0)])
 def test_fit_refuses(network, bad):
     with pytest.raises(ValueError, match='at least 1'): fit_eps(network, RING, **bad)
 
@@ -171,14 +171,14 @@ def test_switches_change_the_loss(network, change):
 @pytest.mark.parametrize('mu', [0., .95])
 def test_distil_starts_from_a_copy_and_keeps_what_it_is_asked(network, mu):
     before = copy.deepcopy(network.state_dict())
-    student, kept = distil_toy(network, RING, Recipe(steps=4, batch=8, mu=mu), keep=(0, 2, 4))
+    student, kept = distil_toy(network, RING, Recipe(steps=4, batch_size=8, mu=mu), keep=(0, 2, 4))
     assert all(torch.equal(v, before[n]) for n, v in network.state_dict().items())
     assert list(kept) == [0, 2, 4] and torch.equal(kept[0].body[0].weight, network.body[0].weight)
     assert torch.equal(kept[4].body[0].weight, student.body[0].weight) and not torch.equal(student.body[0].weight, network.body[0].weight)
 
 
 def test_distil_is_repeatable_and_uses_its_seed_and_its_schedule(network):
-    run = lambda **kw: distil_toy(network, RING, Recipe(steps=3, batch=8), **kw)[0].body[0].weight
+    run = lambda **kw: distil_toy(network, RING, Recipe(steps=3, batch_size=8), **kw)[0].body[0].weight
     assert torch.equal(run(), run()) and not torch.equal(run(), run(seed=1))
     assert not torch.equal(run(), run(alpha_bar=alpha_bar_from_betas(scaled_linear_betas())))
 
@@ -187,7 +187,7 @@ def test_distil_refuses_a_skip_that_does_not_divide(network):
     with pytest.raises(ValueError, match='k is 30'): distil_toy(network, RING, Recipe(k=30, steps=1))
 
 
-@pytest.mark.parametrize('bad', [dict(omega=-1.), dict(mu=1.), dict(mu=-.1), dict(huber=0.), dict(steps=0), dict(batch=0), dict(k=0), dict(first='no'),
+@pytest.mark.parametrize('bad', [dict(omega=-1.), dict(mu=1.), dict(mu=-.1), dict(huber=0.), dict(steps=0), dict(batch_size=0), dict(k=0), dict(first='no'),
                                  dict(pairs='no'), dict(pairs='noise'), dict(drop=1.), dict(clip=-1.)])
 def test_recipe_refuses(bad):
     with pytest.raises(ValueError): Recipe(**bad)
