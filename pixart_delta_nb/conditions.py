@@ -9,15 +9,12 @@ __all__ = ['CONDITIONS', 'NEAR', 'FARTHEST', 'EXTRACTED', 'MEASURES', 'blur', 'g
 
 # %% ../nbs/11a_conditions.ipynb #a73b3e8f
 import warnings
-from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import require
-
-# %% ../nbs/11a_conditions.ipynb #009c6a1b
-CONDITIONS = ('edges', 'hard', 'depth', 'segmentation')
+from .pictures import open_picture, read_picture
 
 # %% ../nbs/11a_conditions.ipynb #90c77b9c
 def blur(
@@ -41,18 +38,26 @@ def gradient(
     return g.square().sum(2).sqrt()                                             # (B, 2, H, W)
 
 # %% ../nbs/11a_conditions.ipynb #7592bec7
+CONDITIONS = ('edges', 'hard', 'depth', 'segmentation')
 NEAR, FARTHEST = 4., 60.    # scene units: depth at nearness 1, and where the ray tracer cuts depth off
 
-def soft_lines(lines): # (B, 1, H, W), one pixel wide
-    "Lines a few pixels wide, at most 1."
+def soft_lines(
+    lines: Tensor # (B, 1, H, W), one pixel wide
+) -> Tensor: # (B, 1, H, W), at most 1
+    "Lines a few pixels wide."
     return (2.5*blur(lines, 1.)).clamp_max(1)                                   # 2.5: a straight line keeps its height of 1
 
-def as_picture(x): # (B, 1 or 3, H, W) in [0, 1]
-    "RGB in [-1, 1]."
+def as_picture(
+    x: Tensor # (B, 1 or 3, H, W) in [0, 1]
+) -> Tensor: # (B, 3, H, W) in [-1, 1]
+    "A condition as the autoencoder reads it."
     return x.expand(-1, 3, -1, -1)*2 - 1
 
-def check_condition(condition, allowed=CONDITIONS):
-    "ValueError unless the condition is one of those allowed."
+def check_condition(
+    condition: str, # its name
+    allowed: tuple = CONDITIONS # names
+) -> None:
+    "`ValueError` unless the condition is one of those allowed."
     require(condition in allowed, lambda: f'condition is {condition!r}, but it must be one of {", ".join(allowed)}: choose one of these.')
 
 # %% ../nbs/11a_conditions.ipynb #ea70ded7
@@ -161,18 +166,12 @@ def closed_gap(
 
 # %% ../nbs/11a_conditions.ipynb #51668a64
 def load_picture(
-    source, # a path or a PIL image
-    size: int = 128, # pixels, of both sides
-) -> Tensor: # (1, 3, size, size) in [-1, 1]
-    "A picture for control or for `extract`; warns when it is resized, `ValueError` for a missing file, another mode or no picture."
-    from PIL import Image, UnidentifiedImageError
-    if isinstance(source, (str, Path)):
-        require(Path(source).is_file(), lambda: f'{source} is not a file, but control needs a picture: check the path.')
-        try:
-            with Image.open(source) as file: file.load(); source = file.copy()
-        except (UnidentifiedImageError, OSError): require(False, lambda: f'{source} cannot be read as a picture: save it as PNG.')
-    require(source.mode in ('RGB', 'L', '1'), lambda: f"the picture has mode {source.mode}, but control needs RGB or grey: convert it with image.convert('RGB').")
-    if source.size != (size, size):
-        warnings.warn(f'the condition picture is {source.width} x {source.height} and was resized to {size} x {size}; thin lines may fade, so draw it at that size.', stacklevel=2)
-        source = source.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(source.convert('RGB'))).permute(2, 0, 1)[None].float()/127.5 - 1
+    source, # a path, bytes, or a PIL image
+    size: int | tuple = 128, # pixels: both sides, or (height, width)
+) -> Tensor: # (1, 3, height, width) in [-1, 1]
+    "A picture for control or for `extract`; warns when it is resized, `ValueError` in one sentence where it cannot be opened."
+    image, shape = open_picture(source), (size, size) if isinstance(size, int) else tuple(size)
+    if image.size != shape[::-1]:
+        warnings.warn(f'the condition picture is {image.width} x {image.height} and was scaled and cropped to {shape[1]} x {shape[0]}; '
+                      'thin lines may fade, so draw it at that size.', stacklevel=2)
+    return read_picture(image, shape)[None]
