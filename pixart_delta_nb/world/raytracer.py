@@ -201,7 +201,8 @@ def render(
 ) -> dict: # 'image' (3, size, size) in [0, 1]; with truth also 'masks', 'depth' and 'normals'
     "Draw a scene; ValueError if size or supersample is not a positive integer."
     for name, value in (('size', size), ('supersample', supersample)):
-        require(isinstance(value, int) and value > 0, lambda: f'{name} is {value!r}, but it must be a positive integer: pass one, such as 2 or 128.')
+        require(isinstance(value, int) and value > 0,
+                lambda: f'{name} is {value!r}, but it must be a positive integer: pass one, such as 2 or 128.')
     d, ids, t, normal, rgb = trace(scene, size, supersample)
     shade(scene, d, ids, t, normal, rgb)
     out = {'image': _pixels(rgb, size, supersample).mean(2).permute(2, 0, 1).contiguous()}
@@ -217,7 +218,7 @@ def truth_maps(
     things: int, # how many things the scene holds
     ids, t, normal, # what `trace` found
     size: int, supersample: int, # as in `render`
-) -> dict: # 'masks' (2 + things, H, W) sky, ground, things; 'depth' (H, W) units, at most 60; 'normals' (3, H, W), 0 in the sky
+) -> dict: # 'masks' (2 + things, H, W) sky, ground, things; 'depth' (H, W), at most 60; 'normals' (3, H, W), 0: sky
     "What is where, how far, and facing which way, averaged over each pixel."
     grid = lambda x: _pixels(x, size, supersample)
     return {'masks': torch.stack([(grid(ids) == i).float().mean(2)[..., 0] for i in range(things + 2)]),
@@ -239,5 +240,6 @@ def edges(
     truth: dict, # 'masks' and 'normals' as `render(..., truth=True)` returns them
 ) -> torch.Tensor: # (1, H, W) in [0, 1], 1: an edge
     "Soft edge map of silhouettes and creases (equation 6); ValueError without truth maps."
-    require('masks' in truth and 'normals' in truth, lambda: f"edges needs masks and normals, but got {sorted(truth)}: render with truth=True.")
+    require('masks' in truth and 'normals' in truth,
+            lambda: f"edges needs masks and normals, but got {sorted(truth)}: render with truth=True.")
     return torch.maximum(*(_change(truth['masks'], truth['normals'], dim) for dim in (-1, -2)))[None]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'SIZES', 'GROUNDS', 'SKIES', 'LIGHTS', 'LAYOUTS', 'HELD_OUT', 'PAIRS', 'WORDS', 'PHRASES',
-           'SLOTS', 'ATTRIBUTES', 'Thing', 'Scene', 'sample_scene', 'describe', 'attributes', 'make']
+           'SLOTS', 'OF_A_THING', 'ATTRIBUTES', 'Thing', 'Scene', 'sample_scene', 'describe', 'attributes', 'make']
 
 # %% ../../nbs/world/words.ipynb #e04e19ab
 import math, random
@@ -66,13 +66,15 @@ def sample_scene(
     pairs: str = 'seen', # 'seen': no held-out pair, 'unseen': at least one, 'any': no rule
 ) -> Scene: # a scene; ValueError if `pairs` is another word
     "Draw a scene. Things never share both colour and shape."
-    require(pairs in PAIRS, lambda: f"pairs is {pairs!r}, but it must be one of {', '.join(PAIRS)}: choose one of these.")
+    require(pairs in PAIRS,
+            lambda: f"pairs is {pairs!r}, but it must be one of {', '.join(PAIRS)}: choose one of these.")
     layout = rng.choices(list(LAYOUTS), (1, 1, 1, 3, 3, 3))[0]
     flip = rng.choice((-1, 1)) if layout == 'front' else 1
     spots = LAYOUTS[layout]
     kinds = _sample_kinds(rng, len(spots), pairs)
-    things = [Thing(shape, colour, rng.choice(list(SIZES)), flip*x + rng.uniform(-.12, .12), z + rng.uniform(-.12, .12),
-                    rng.uniform(-math.pi/4, math.pi/4)) for (colour, shape), (x, z) in zip(kinds, spots)]
+    near = lambda place: place + rng.uniform(-.12, .12)
+    things = [Thing(shape, colour, rng.choice(list(SIZES)), near(flip*x), near(z), rng.uniform(-math.pi/4, math.pi/4))
+              for (colour, shape), (x, z) in zip(kinds, spots)]
     return Scene(layout, things, rng.choice(list(GROUNDS)), rng.choice(list(SKIES)))
 
 # %% ../../nbs/world/words.ipynb #c60de599
@@ -122,8 +124,9 @@ def _place(text, where, rng):
 
 # %% ../../nbs/world/words.ipynb #8c67e2c1
 SLOTS = 3
-ATTRIBUTES = {'layout': tuple(LAYOUTS)} | {f'{a}{i}': v for i in range(SLOTS) for a, v in
-              (('shape', SHAPES), ('colour', tuple(COLOURS)), ('size', tuple(SIZES)))} | {'ground': tuple(GROUNDS), 'sky': tuple(SKIES)}
+OF_A_THING = {'shape': SHAPES, 'colour': tuple(COLOURS), 'size': tuple(SIZES)}
+ATTRIBUTES = {'layout': tuple(LAYOUTS), **{f'{a}{i}': v for i in range(SLOTS) for a, v in OF_A_THING.items()},
+              'ground': tuple(GROUNDS), 'sky': tuple(SKIES)}
 
 def attributes(
     scene: Scene, # what to encode
@@ -132,7 +135,8 @@ def attributes(
     "Class index of each attribute, in the order of `ATTRIBUTES`."
     values = {'layout': scene.layout, 'ground': scene.ground, 'sky': scene.sky}
     for i, t in enumerate(scene.things): values |= {f'shape{i}': t.shape, f'colour{i}': t.colour, f'size{i}': t.size}
-    return torch.tensor([names.index(values[k]) if k in values and k not in unsaid else -1 for k, names in ATTRIBUTES.items()])
+    said = lambda key: key in values and key not in unsaid
+    return torch.tensor([names.index(values[k]) if said(k) else -1 for k, names in ATTRIBUTES.items()])
 
 # %% ../../nbs/world/words.ipynb #cbc0292b
 def make(
