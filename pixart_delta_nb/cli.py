@@ -6,14 +6,13 @@
 __all__ = ['Folder', 'Device', 'Resume', 'TensorBoard', 'Bf16', 'Steps', 'BatchSize', 'Model', 'PICTURES', 'Caption',
            'SamplerSteps', 'Seed', 'Picture', 'AsTeacher', 'Guidance', 'Adapter', 'ControlNet', 'Control', 'Condition',
            'Strength', 'Source', 'Size', 'ControlKind', 'Measure', 'Teacher', 'Latents', 'Distilled', 'Rate', 'AsLora',
-           'Rank', 'Decay', 'Kind', 'Copies', 'Entry', 'Wiring', 'Shown', 'Data', 'Scenes', 'WorldSeed', 'DecoderOf',
-           'Vae', 'Text', 'Start', 'Results', 'Images', 'Name', 'Anew', 'TeacherFolder', 'StudentFolder', 'Methods',
-           'Public', 'Weights', 'Precision', 'Compiled', 'Graph', 'Reader', 'Scale', 'Resolution', 'Counts', 'Json',
-           'log_to', 'check_picture', 'chosen_pipeline', 'steered', 'generate', 'precompute', 'distill',
-           'train_controlnet', 'render', 'train_vae', 'train_text', 'train_teacher', 'reproduce', 'evaluate',
-           'train_evaluator', 'train_clip', 'bench', 'main']
+           'Rank', 'Decay', 'Kind', 'Copies', 'Entry', 'Wiring', 'Shown', 'Data', 'Scenes', 'DecoderOf', 'Vae', 'Text',
+           'Start', 'Results', 'Images', 'Name', 'Anew', 'TeacherFolder', 'StudentFolder', 'Public', 'Weights',
+           'Precision', 'Compiled', 'Graph', 'Reader', 'log_to', 'check_picture', 'chosen_pipeline', 'steered',
+           'generate', 'precompute', 'distill', 'train_controlnet', 'render', 'train_vae', 'train_text',
+           'train_teacher', 'reproduce', 'evaluate', 'train_evaluator', 'train_clip', 'bench', 'main']
 
-# %% ../nbs/16_cli.ipynb #fe68a721
+# %% ../nbs/16_cli.ipynb #79a774d6
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -21,7 +20,7 @@ from .console import check_writable, command, main, option
 
 _all_ = ['main']
 
-# %% ../nbs/16_cli.ipynb #bfa9d144
+# %% ../nbs/16_cli.ipynb #324e867b
 Folder = option(Path, 'Folder to write to.')
 Device = option(str, 'cpu, cuda or cuda:0.')
 Resume = option(bool, 'Go on from the last checkpoint in --out.', '--resume')
@@ -36,7 +35,7 @@ def log_to(folder):
     from pixart_delta_nb.training import tensorboard_log
     return folder and tensorboard_log(folder)
 
-# %% ../nbs/16_cli.ipynb #d2559672
+# %% ../nbs/16_cli.ipynb #d974c816
 PICTURES = '.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp'
 
 def check_picture(path):
@@ -47,7 +46,7 @@ def check_picture(path):
             lambda: f'--out is {path.name}, but its suffix is the format: end it with {", ".join(PICTURES)}.')
     check_writable(path.parent)
 
-# %% ../nbs/16_cli.ipynb #c42335e3
+# %% ../nbs/16_cli.ipynb #b8f8d836
 def chosen_pipeline(pipeline, teacher, lora, device):
     "The pipeline that the options of `generate` ask for."
     from pixart_delta_nb.core import require
@@ -67,10 +66,10 @@ def steered(pipe, picture, condition, controlnet, strength, pipeline):
     pipe, control = controlled(pipe, picture, condition, controlnet)
     return pipe, {'control': control, 'conditioning_scale': strength}
 
-# %% ../nbs/16_cli.ipynb #b68edc85
+# %% ../nbs/16_cli.ipynb #797aeafa
 Caption = Annotated[str, typer.Argument(help='What to draw.')]
 SamplerSteps = option(int | None, 'Of the sampler; 4 for a student and 14 for a teacher if not given.', '--steps')
-Seed = option(int, 'Of the noise.')
+Seed = option(int, 'Of the noise, or of the scenes.')
 Picture = option(Path, 'Picture to write, in the format of its suffix.')
 AsTeacher = option(bool, 'Draw with the guided teacher instead of the student.', '--teacher')
 Guidance = option(float | None, 's of a teacher, 4.5 if not given; a student has it in its weights.')
@@ -80,17 +79,17 @@ Control = option(Path | None, 'Picture that says where things go.')
 Condition = option(str, 'What to take from it: edges; or given, if it shows edges already.')
 Strength = option(float, 'Strength of the control.', '--conditioning-scale')
 
-# %% ../nbs/16_cli.ipynb #b3ab9120
+# %% ../nbs/16_cli.ipynb #2de99bc5
 @command
 def generate(caption: Caption, steps: SamplerSteps = None, seed: Seed = 0, out: Picture = Path('image.png'),
              teacher: AsTeacher = False, pipeline: Model = None, guidance_scale: Guidance = None, lora: Adapter = None,
              control: Control = None, condition: Condition = 'edges', controlnet: ControlNet = None,
              conditioning_scale: Strength = 1., device: Device = 'cpu'):
     "Draw one caption with the distilled student, or with its teacher."
+    check_picture(out)
     import time
     from pixart_delta_nb.core import write_atomic
     from pixart_delta_nb.sampling import generate as draw, to_pil
-    check_picture(out)
     pipe, extra = chosen_pipeline(pipeline, teacher, lora, device), {}
     if control: pipe, extra = steered(pipe, control, condition, controlnet, conditioning_scale, pipeline)
     start = time.perf_counter()
@@ -99,7 +98,7 @@ def generate(caption: Caption, steps: SamplerSteps = None, seed: Seed = 0, out: 
     write_atomic(out, lambda path: to_pil(images)[0].save(path, quality=95))
     typer.echo(f'{out}: {images.evaluations} network evaluations, {seconds:.2f} s from caption to image')
 
-# %% ../nbs/16_cli.ipynb #8544a863
+# %% ../nbs/16_cli.ipynb #f53fe98d
 Source = Annotated[str, typer.Argument(help='Folder of captioned pictures, tars, Parquet file or `datasets` folder.')]
 Size = option(int | None, 'Pixels, of a square of the bins\' area; the model\'s own size if not given.')
 ControlKind = option(str | None, 'Store a condition of each picture as well: edges, hard or hed.')
@@ -110,9 +109,9 @@ def precompute(source: Source, pipeline: Model = None, out: Folder = Path('data/
                batch_size: BatchSize = 4, control: ControlKind = None, measure: Measure = False,
                device: Device = 'cpu'):
     "Encode pictures and captions once, into checksummed shards; an interrupted run goes on where it stopped."
+    check_writable(out)
     from pixart_delta_nb import data
     from pixart_delta_nb.pipeline import load_pipeline
-    check_writable(out)
     pipe = load_pipeline(pipeline, device=device)
     if measure:
         from pixart_delta_nb.evidence.precompute_speed import record_speed
@@ -123,7 +122,7 @@ def precompute(source: Source, pipeline: Model = None, out: Folder = Path('data/
     typer.echo(f"{out}: {found['images']} images, {found['bytes_per_image']:.0f} bytes an image, "
                f"{found['images_per_second']:.1f} images a second, {len(found['skipped'])} skipped")
 
-# %% ../nbs/16_cli.ipynb #dd7f3c47
+# %% ../nbs/16_cli.ipynb #aa7ab008
 Teacher = option(str, 'Teacher: pipeline folder or hub id.', '--pipeline')
 Latents = option(Path, 'D_z: the folder or file of `precompute`.')
 Distilled = option(float, 's of the guidance to distil; the ω of Algorithm 1 is s - 1.', '--guidance-scale')
@@ -138,15 +137,15 @@ def distill(pipeline: Teacher = 'runs/teacher/pipeline', latents: Latents = Path
             guidance_scale: Distilled = 4.5, lr: Rate = 4e-5, mu: Decay = .95, lora: AsLora = False, rank: Rank = 8,
             resume: Resume = False, device: Device = 'cpu', tensorboard: TensorBoard = None):
     "Algorithm 1: a teacher and D_z to a student of few steps, in OUT/pipeline."
-    from pixart_delta_nb import stages
     check_writable(out)
+    from pixart_delta_nb import stages
     options = dict(lr=lr, mu=mu, omega=guidance_scale - 1, batch_size=batch_size, clip=1.,
                    resume=resume, device=device, log=log_to(tensorboard))
     if lora: stages.distill_lora(pipeline, latents, out, steps, rank, **options)
     else: stages.distill(pipeline, latents, out, steps, average=.99, **options)
     typer.echo(f'{out}/{"lora" if lora else "pipeline"}')
 
-# %% ../nbs/16_cli.ipynb #a7457daa
+# %% ../nbs/16_cli.ipynb #7430d1a8
 Kind = option(str, 'edges, hard, depth or segmentation.')
 Copies = option(int, 'Blocks to copy, N.')
 Entry = option(str, 'report or released.')
@@ -160,8 +159,8 @@ def train_controlnet(pipeline: Teacher = 'runs/teacher/pipeline',
                      copies: Copies = 7, entry: Entry = 'report', wiring: Wiring = 'transformer', bf16: Bf16 = False,
                      resume: Resume = False, device: Device = 'cpu', tensorboard: TensorBoard = None):
     "Train a ControlNet around a frozen teacher; writes OUT/controlnet."
-    from pixart_delta_nb import stages
     check_writable(out)
+    from pixart_delta_nb import stages
     pictures = None
     if data:
         from pixart_delta_nb.world.recipes import condition_pictures
@@ -171,17 +170,16 @@ def train_controlnet(pipeline: Teacher = 'runs/teacher/pipeline',
                          log=log_to(tensorboard))
     typer.echo(f'{out}/controlnet')
 
-# %% ../nbs/16_cli.ipynb #c7ddc8e8
+# %% ../nbs/16_cli.ipynb #e358667a
 Data = option(Path, 'Folder of `render`, or of captioned pictures.')
 Scenes = option(int, 'Scenes to render.')
-WorldSeed = option(int, 'Of the scenes.')
 DecoderOf = option(Path | None, 'Autoencoder whose decoder to train further.')
 
 @command
-def render(out: Folder = Path('data/scenes'), count: Scenes = 20_000, seed: WorldSeed = 0):
+def render(out: Folder = Path('data/scenes'), count: Scenes = 20_000, seed: Seed = 0):
     "Render captioned scenes for training."
-    from pixart_delta_nb.world.recipes import render_scenes
     check_writable(out)
+    from pixart_delta_nb.world.recipes import render_scenes
     typer.echo(f'{render_scenes(out, count, seed)}: {count} scenes')
 
 @command
@@ -189,18 +187,18 @@ def train_vae(data: Data = Path('data/scenes'), out: Folder = Path('runs/vae'), 
               resume: Resume = False, device: Device = 'cpu', bf16: Bf16 = False, tensorboard: TensorBoard = None,
               decoder_of: DecoderOf = None):
     "Train the autoencoder."
-    from pixart_delta_nb.world.recipes import make_vae
     check_writable(out)
+    from pixart_delta_nb.world.recipes import make_vae
     options = dict(resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
     typer.echo(make_vae(data, out, steps, decoder_of, **options))
 
-# %% ../nbs/16_cli.ipynb #3e942a7a
+# %% ../nbs/16_cli.ipynb #905e760a
 @command
 def train_text(data: Data = Path('data/scenes'), out: Folder = Path('runs/text'), steps: Steps = 400,
                resume: Resume = False):
     "Train the tokenizer and the text encoder; they learn to name what a caption says."
-    from pixart_delta_nb.world.recipes import make_text_encoder
     check_writable(out)
+    from pixart_delta_nb.world.recipes import make_text_encoder
     accuracy = make_text_encoder(data, out, steps, resume=resume)
     typer.echo(f'{out}: names {accuracy:.4f} of the attributes of held-out captions')
 
@@ -213,12 +211,12 @@ def train_teacher(data: Data = Path('data/scenes'), vae: Vae = Path('runs/vae'),
                   out: Folder = Path('runs/teacher'), steps: Steps = 3000, start: Start = None, resume: Resume = False,
                   device: Device = 'cpu', bf16: Bf16 = False, tensorboard: TensorBoard = None):
     "Train the guided diffusion transformer; writes OUT/pipeline, which stock diffusers opens."
-    from pixart_delta_nb.world.recipes import make_teacher
     check_writable(out)
+    from pixart_delta_nb.world.recipes import make_teacher
     options = dict(resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
     typer.echo(make_teacher(data, vae, text, out, steps, start, **options))
 
-# %% ../nbs/16_cli.ipynb #09eb1620
+# %% ../nbs/16_cli.ipynb #18b87f64
 Results = option(Path | None, 'Folder to write to; out/reproduce, or results for a figure, if not given.', '--out')
 Images = option(int, 'Images a method; 2048 for a Fréchet distance to quote.')
 Name = option(str | None, 'One figure or table, such as 2, table1 or peers; all: those that are missing.', '--figure')
@@ -237,65 +235,61 @@ def reproduce(out: Results = None, images: Images = 256, figure: Name = None, fr
         return typer.echo(out)
     from pixart_delta_nb.evidence import report, results
     found = report.reproduce(out, images, command=f'pixart-delta reproduce --images {images}')
-    for tell in (results.table_text, results.tell_quality, results.tell_speed): typer.echo(tell(found))
-    typer.echo(f'{out}/report.html')
+    speed = '\n'.join(map(report.tell_speed, found['speed']))
+    typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}\n{speed}\n{out}/report.html')
 
-# %% ../nbs/16_cli.ipynb #e9a9e36b
+# %% ../nbs/16_cli.ipynb #5a1fdbee
 TeacherFolder = option(Path | None, 'Pipeline folder; the shipped one if not given.')
 StudentFolder = option(Path | None, 'Transformer folder of the student.')
-Methods = option(str, 'What to compare.')
 Public = option(bool, 'FID and KID with Inception, and the CLIP of the literature; fetches both.', '--public')
 
 @command
 def evaluate(teacher: TeacherFolder = None, student: StudentFolder = None, out: Folder = Path('out/evaluate'),
-             images: Images = 2048, methods: Methods = 'teacher 14, teacher 4, student 4, student 2, student 1',
-             public: Public = False):
+             images: Images = 2048, public: Public = False,
+             methods: option(str, 'What to compare.') = 'teacher 14, teacher 4, student 4, student 2, student 1'):
     "The measurements of `reproduce` on any teacher and student, with as many images as a score to quote needs."
-    from pixart_delta_nb.evidence import kit, report, results
     check_writable(out)
+    from pixart_delta_nb.evidence import kit, report, results
     chosen = kit.parse_methods(methods)
     command = f'pixart-delta evaluate --images {images} --methods "{methods}"' + ' --public'*public
     command += ' --teacher PATH'*bool(teacher) + ' --student PATH'*bool(student)
     found = report.reproduce(out, images, kit.open_kit(teacher, student or 'shipped', public), command, chosen)
     typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}')
 
-# %% ../nbs/16_cli.ipynb #976ce5d2
+# %% ../nbs/16_cli.ipynb #2f95eadc
 @command
 def train_evaluator(out: Folder = Path('runs/evaluator')):
     "Render scenes for the judge alone, train it, and print its accuracy on held-out renders."
-    from pixart_delta_nb.evidence.judge_training import make_evaluator
     check_writable(out)
+    from pixart_delta_nb.evidence.judge_training import make_evaluator
     typer.echo(f"{out}: reads {make_evaluator(out)['overall']:.4f} of the attributes of held-out renders")
 
 @command
 def train_clip(out: Folder = Path('runs/clip'), steps: Steps = 500, scenes: Scenes = 6000, resume: Resume = False,
                bf16: Bf16 = False):
     "Render scenes for a CLIP alone, train it, and print how often it finds the caption of a held-out render among 32."
-    from pixart_delta_nb.evidence.clip_training import train_clip as train
     check_writable(out)
-    accuracy = train(out, scenes, steps, bf16=bf16, resume=resume)[1]
+    from pixart_delta_nb.evidence.clip_training import train_clip as train
+    _, accuracy = train(out, scenes, steps, bf16=bf16, resume=resume)
     typer.echo(f'{out}/clip: finds {accuracy:.3f} of the captions of held-out renders among 32')
 
-# %% ../nbs/16_cli.ipynb #85d769eb
+# %% ../nbs/16_cli.ipynb #19bd5c28
 Weights = option(str, 'random, or a pipeline folder.')
 Precision = option(str | None, 'float32, bfloat16 or float16; what suits the device if not given.')
 Compiled = option(bool, 'torch.compile the transformer.', '--compile')
 Graph = option(bool, 'Replay one CUDA graph.', '--cuda-graph')
 Reader = option(bool, 'Build and time the text encoder as well.', '--text-encoder')
 
-Scale = option(str, 'paper or workshop.')
-Resolution = option(int, '256, 512 or 1024.')
-Counts = option(str, 'Of student and teacher.')
-Json = option(Path, 'JSON file to write.')
 
 @command
-def bench(scale: Scale = 'paper', resolution: Resolution = 256, steps: Counts = '4,14', weights: Weights = 'random',
-          out: Json = Path('out/bench.json'), device: Device = 'cpu', dtype: Precision = None,
-          compiled: Compiled = False, cuda_graph: Graph = False, text_encoder: Reader = False):
+def bench(scale: option(str, 'paper or workshop.') = 'paper', resolution: option(int, '256, 512 or 1024.') = 256,
+          steps: option(str, 'Of student and teacher.') = '4,14', weights: Weights = 'random',
+          out: option(Path, 'JSON file to write.') = Path('out/bench.json'), device: Device = 'cpu',
+          dtype: Precision = None, compiled: Compiled = False, cuda_graph: Graph = False, text_encoder: Reader = False):
     "Time text encoder, transformer and autoencoder, with evaluations, operations and memory."
+    check_writable(out.parent)
     from pixart_delta_nb.core import require
     from pixart_delta_nb.evidence import bench as benchmark
-    check_writable(out.parent)
     require(all(s.isdigit() for s in steps.split(',')),
             lambda: f'--steps is {steps}, but it must be whole numbers with commas between them: pass 4,14.')
     name = 'random' if weights == 'random' else 'PATH'

@@ -1,190 +1,315 @@
-"""Commands: what is written, and one clear sentence for what cannot be done."""
-import os
+"""Commands: what is written, one clear sentence for what cannot be done, and what is left where a command is stopped."""
+import json, os, signal, subprocess, sys, time
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 from pixart_delta_nb import cli
+from pixart_delta_nb.core import PlainProgress
+
+COMMANDS = ('generate', 'precompute', 'distill', 'train-controlnet', 'render', 'train-vae', 'train-text', 'train-teacher', 'reproduce',
+            'evaluate', 'train-evaluator', 'train-clip', 'bench')
+PLACE = {'generate': ['a red cube'], 'precompute': ['pictures']}                    # arguments without which a command does not start
 
 
-def failed(arguments, capsys):
-    "Exit code and the sentence of a command that fails."
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments)
+def run(*words): cli.main([str(word) for word in words])
+
+
+def failed(capsys, *words):
+    "Exit status and the sentence of a command that fails."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_: run(*words)
     return exit_.value.code, capsys.readouterr().err
 
 
-def test_help_lists_the_commands():
-    text = CliRunner().invoke(cli.app, ['--help']).output
-    assert all(name in text for name in ('generate', 'reproduce', 'evaluate', 'train-clip'))
+def refused(capsys, *words):
+    "The one sentence of a command that cannot do what it is asked."
+    code, message = failed(capsys, *words)
+    assert code == 1 and 'Traceback' not in message and len(message.strip().splitlines()) == 1, message
+    return message
 
+
+@pytest.fixture(scope='module')
+def own(tmp_path_factory):
+    "A folder with a tiny teacher, six captioned pictures of 64 pixels, and what the commands make of them."
+    from pixart_delta_nb.pipeline import save_pipeline, tiny_pipeline
+    folder = tmp_path_factory.mktemp('own')
+    (folder/'pictures').mkdir()
+    for i in range(6):
+        Image.new('RGB', (64, 64), (40*i, 0, 0)).save(folder/f'pictures/{i}.png')
+        (folder/f'pictures/{i}.txt').write_text('a red cube on grass')
+    save_pipeline(tiny_pipeline(), folder/'teacher')
+    run('precompute', folder/'pictures', '--pipeline', folder/'teacher', '--out', folder/'latents', '--control', 'edges')
+    return folder
+
+
+def test_help_is_instant_and_lists_the_commands_on_a_console_without_greek():
+    code = 'import sys\nfrom pixart_delta_nb.cli import main\nmain(sys.argv[1:])\nassert "torch" not in sys.modules'
+    for words in (['--help'], ['distill', '--help'], ['evaluate', '--help']):
+        done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+        assert done.returncode == 0, done.stderr
+        if words == ['--help']: assert all(name in done.stdout for name in COMMANDS)
+
+
+# what is drawn, and how it is written
 
 def test_generate_writes_a_picture_that_depends_on_the_seed_alone(tmp_path):
-    from PIL import Image
     for name, seed in (('a', 3), ('b', 3), ('c', 4)):
-        cli.main(['generate', 'a large red cube in the middle on sand at night', '--seed', str(seed), '--out', str(tmp_path/f'{name}.png')])
+        run('generate', 'a large red cube in the middle on sand at night', '--seed', seed, '--out', tmp_path/f'{name}.png')
     a, b, c = (Image.open(tmp_path/f'{n}.png') for n in 'abc')
     assert a.size == (128, 128) and a.tobytes() == b.tobytes() and a.tobytes() != c.tobytes()
 
 
-@pytest.mark.parametrize('steps', ['0', '-1', '51'])
-def test_steps_off_the_grid_are_refused_in_one_sentence(steps, tmp_path, capsys):
-    code, message = failed(['generate', 'a red cube', '--steps', steps, '--out', str(tmp_path/'x.png')], capsys)
-    assert code == 1 and steps in message and 'Traceback' not in message and len(message.strip().splitlines()) == 1
-    assert not (tmp_path/'x.png').exists()
+def test_a_picture_has_the_format_of_its_suffix_and_the_permissions_of_the_umask(own, tmp_path):
+    before = os.umask(0o027)
+    try:
+        for suffix, wanted in (('png', 'PNG'), ('JPG', 'JPEG'), ('webp', 'WEBP'), ('tif', 'TIFF'), ('bmp', 'BMP')):
+            out = tmp_path/f'new/x.{suffix}'
+            run('generate', 'a red cube', '--pipeline', own/'teacher', '--steps', 2, '--out', out)
+            assert Image.open(out).format == wanted and out.stat().st_mode & 0o777 == 0o640
+    finally: os.umask(before)
 
 
-def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
-    (tmp_path/'file').write_text('')
-    code, message = failed(['reproduce', '--out', str(tmp_path/'file'/'deep')], capsys)
-    assert code == 1 and '--out' in message
+@pytest.mark.parametrize('name', ['x', 'x.psd', 'x.png.txt'])
+def test_a_name_without_a_known_format_is_refused_before_anything_is_drawn(name, tmp_path, capsys):
+    assert '.webp' in refused(capsys, 'generate', 'a red cube', '--out', tmp_path/name) and not list(tmp_path.iterdir())
 
 
-def test_an_unknown_option_exits_with_2(capsys):
-    code, message = failed(['generate', 'a red cube', '--stepz', '4'], capsys)
-    assert code == 2 and '--stepz' in message
+def test_a_folder_in_the_place_of_the_picture_is_refused(tmp_path, capsys):
+    assert 'is a folder' in refused(capsys, 'generate', 'a red cube', '--out', tmp_path) and not list(tmp_path.iterdir())
 
 
-def test_guidance_is_refused_for_the_student(tmp_path, capsys):
-    code, message = failed(['generate', 'a red cube', '--guidance-scale', '4.5', '--out', str(tmp_path/'x.png')], capsys)
-    assert code == 1 and 'guidance_scale is 4.5' in message and not (tmp_path/'x.png').exists()
+@pytest.mark.parametrize('words, part', [
+    (['--steps', '0'], 'steps is 0'), (['--steps', '51'], '51'), (['--guidance-scale', '4.5'], 'guidance_scale is 4.5'),
+    (['--seed', str(2**64)], 'seed'), (['--seed', str(-2**70)], 'seed')])
+def test_numbers_out_of_range_are_refused(words, part, tmp_path, capsys):
+    assert part in refused(capsys, 'generate', 'a red cube', *words, '--out', tmp_path/'x.png') and not list(tmp_path.iterdir())
+
+
+def test_a_seed_of_64_bits_draws(own, tmp_path):
+    run('generate', 'a red cube', '--pipeline', own/'teacher', '--steps', 2, '--seed', 2**63 + 1, '--out', tmp_path/'x.png')
+    assert (tmp_path/'x.png').is_file()
 
 
 def test_teacher_takes_guidance(tmp_path, capsys):
-    cli.main(['generate', 'a red cube', '--teacher', '--guidance-scale', '2', '--steps', '2', '--out', str(tmp_path/'x.png')])
+    run('generate', 'a red cube', '--teacher', '--guidance-scale', 2, '--steps', 2, '--out', tmp_path/'x.png')
     assert '4 network evaluations' in capsys.readouterr().out
-
-
-def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(tmp_path):
-    from pixart_delta_nb.core import load_tensors
-    from pixart_delta_nb.folders import shipped
-    from pixart_delta_nb.pipeline import load_pipeline
-    data, vae, teacher = (str(tmp_path/n) for n in ('data', 'vae', 'teacher'))
-    cli.main(['render', '--out', data, '--count', '8'])
-    cli.main(['train-vae', '--data', data, '--out', vae, '--steps', '1', '--decoder-of', str(shipped('teacher')/'vae')])
-    cli.main(['train-teacher', '--data', data, '--vae', vae, '--text', str(shipped('teacher')), '--out', teacher, '--steps', '3', '--start', str(shipped('teacher')/'transformer')])
-    start, end = load_pipeline(), load_pipeline(tmp_path/'teacher/pipeline')
-    assert all((p - q).abs().max() < 1e-3 for p, q in zip(start.vae.encoder.parameters(), end.vae.encoder.parameters()))
-    difference = max((p - q).abs().max().item() for p, q in zip(start.transformer.parameters(), end.transformer.parameters()))
-    assert 0 < difference < .1 and load_tensors(tmp_path/'teacher/latents.safetensors')['latents'].shape == (8, 4, 16, 16)
-
-
-@pytest.fixture
-def edges(tmp_path):
-    from pixart_delta_nb.world.truths import truth
-    from pixart_delta_nb.sampling import to_pil
-    from pixart_delta_nb.world.words import make
-    to_pil(truth(make(555, 3)[0], 'edges')/2 + .5)[0].save(tmp_path/'edges.png')
-    return str(tmp_path/'edges.png')
-
-
-def test_a_control_picture_and_its_scale_change_the_image(tmp_path, edges):
-    from PIL import Image
-    for name, options in (('free', []), ('off', ['--control', edges, '--condition', 'given', '--scale', '0']), ('on', ['--control', edges, '--condition', 'given'])):
-        cli.main(['generate', 'a red cube on sand', *options, '--out', str(tmp_path/f'{name}.png')])
-    free, off, on = (Image.open(tmp_path/f'{n}.png').tobytes() for n in ('free', 'off', 'on'))
-    assert free == off != on
-
-
-def test_a_condition_that_the_controlnet_was_not_trained_on_is_refused(tmp_path, edges, capsys):
-    code, message = failed(['generate', 'a red cube', '--control', edges, '--condition', 'depth', '--out', str(tmp_path/'x.png')], capsys)
-    assert code == 1 and 'depth' in message and 'edges' in message and not (tmp_path/'x.png').exists()
 
 
 def test_a_lora_makes_the_teacher_a_student(tmp_path, capsys):
     from pixart_delta_nb.folders import shipped
-    cli.main(['generate', 'a red cube on sand', '--lora', str(shipped('lora')), '--out', str(tmp_path/'x.png')])
+    run('generate', 'a red cube on sand', '--lora', shipped('lora'), '--out', tmp_path/'x.png')
     assert '4 network evaluations' in capsys.readouterr().out
-    assert failed(['generate', 'a red cube', '--lora', str(tmp_path), '--out', str(tmp_path/'y.png')], capsys)[0] == 1
+    refused(capsys, 'generate', 'a red cube', '--lora', tmp_path, '--out', tmp_path/'y.png')
 
 
-def test_bench_refuses_steps_that_are_no_numbers(tmp_path, capsys):
-    code, message = failed(['bench', '--steps', '4;14', '--out', str(tmp_path/'b.json')], capsys)
-    assert code == 1 and '4;14' in message
+@pytest.mark.parametrize('words', [['--pipeline', 'mine', '--teacher'], ['--teacher', '--lora', 'mine'], ['--pipeline', 'mine', '--control', 'x.png']])
+def test_options_that_exclude_each_other_are_refused(words, own, tmp_path, capsys):
+    words = [str(own/'teacher') if word == 'mine' else word for word in words]
+    refused(capsys, 'generate', 'a red cube', *words, '--out', tmp_path/'x.png')
 
 
-def test_controlnet_is_trained_saved_and_used(tmp_path, capsys):
-    from pixart_delta_nb.controlnet import load_controlnet
-    from pixart_delta_nb.data import precompute
-    from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
-    data, teacher, out = (tmp_path/n for n in ('data', 'teacher', 'out'))
-    cli.main(['render', '--out', str(data), '--count', '4'])
-    pipe = load_pipeline()
-    save_pipeline(pipe, teacher/'pipeline')
-    images, captions, _ = cli.open_data(data)
-    precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, images, captions, teacher/'latents.safetensors', pipe.scaling_factor)
-    cli.main(['train-controlnet', '--teacher', str(teacher), '--data', str(data), '--out', str(out), '--steps', '2', '--copies', '2', '--scenes', '3'])
-    assert load_controlnet(out/'controlnet', load_pipeline().transformer).facts['condition'] == 'edges'
-    code, message = failed(['train-controlnet', '--teacher', str(teacher), '--data', str(data), '--out', str(out), '--steps', '2', '--scenes', '3', '--condition', 'depth'], capsys)
-    assert code == 1 and 'choose another --out' in message                       # latents of another condition are not taken for this one's
-    Image.new('RGB', (128, 128)).save(tmp_path/'lines.png')
-    options = ['--control', str(tmp_path/'lines.png'), '--condition', 'given', '--controlnet', str(out/'controlnet'), '--out', str(tmp_path/'own.png')]
-    cli.main(['generate', 'a red cube', *options])
-    assert (tmp_path/'own.png').is_file()
+def test_an_unknown_word_is_named_in_one_plain_line(tmp_path, capsys):
+    run('generate', 'a red zeppelin on sand', '--out', tmp_path/'x.png')
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith('pixart-delta: ') and 'zeppelin' in lines[0] and 'Warning' not in lines[0]
 
+
+def test_a_console_without_greek_and_chinese_prints_what_it_can(own, tmp_path):
+    code = 'import sys\nfrom pixart_delta_nb.cli import main\nmain(sys.argv[1:])'
+    words = ['generate', 'ω 猫', '--pipeline', own/'teacher', '--steps', '2', '--out', tmp_path/'猫.png']
+    done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 0 and rb'\u732b.png' in done.stdout and rb'\u732b' in done.stderr, done.stderr
+
+
+# control
+
+@pytest.fixture(scope='module')
+def edges(tmp_path_factory):
+    from pixart_delta_nb.sampling import to_pil
+    from pixart_delta_nb.world.truths import truth
+    from pixart_delta_nb.world.words import make
+    path = tmp_path_factory.mktemp('edges')/'edges.png'
+    to_pil(truth(make(555, 3)[0], 'edges')/2 + .5)[0].save(path)
+    return path
+
+
+def test_a_control_picture_and_its_strength_change_the_image(tmp_path, edges):
+    given = ['--control', edges, '--condition', 'given']
+    for name, words in (('free', []), ('off', [*given, '--conditioning-scale', 0]), ('on', given)):
+        run('generate', 'a red cube on sand', *words, '--out', tmp_path/f'{name}.png')
+    free, off, on = (Image.open(tmp_path/f'{n}.png').tobytes() for n in ('free', 'off', 'on'))
+    assert free == off != on
+
+
+@pytest.mark.parametrize('mode', ['P', 'LA', 'RGBA', 'CMYK', 'I;16'])
+def test_control_takes_pictures_of_odd_modes(mode, tmp_path, edges):
+    picture = Image.open(edges).convert('L') if mode == 'I;16' else Image.open(edges)
+    picture.convert('I;16' if mode == 'I;16' else mode).save(tmp_path/'odd.tif')
+    run('generate', 'a red cube', '--control', tmp_path/'odd.tif', '--condition', 'given', '--steps', 1, '--out', tmp_path/'x.png')
+    assert (tmp_path/'x.png').is_file()
+
+
+def test_a_decompression_bomb_as_control_is_refused(tmp_path, capsys):
+    Image.new('1', (20_000, 20_000)).save(tmp_path/'huge.png')
+    assert 'huge.png' in refused(capsys, 'generate', 'a red cube', '--control', tmp_path/'huge.png', '--out', tmp_path/'x.png')
+
+
+def test_a_condition_that_the_controlnet_was_not_trained_on_is_refused(tmp_path, edges, capsys):
+    message = refused(capsys, 'generate', 'a red cube', '--control', edges, '--condition', 'depth', '--out', tmp_path/'x.png')
+    assert 'depth' in message and 'edges' in message
+
+
+# a model of one's own, and a world from nothing
+
+def test_a_folder_becomes_a_student_an_adapter_and_a_controlnet(own, tmp_path, capsys):
+    mine = ['--pipeline', own/'teacher', '--latents', own/'latents', '--steps', 2, '--batch-size', 2]
+    run('distill', *mine, '--out', tmp_path/'student', '--guidance-scale', 3)
+    run('distill', *mine, '--out', tmp_path/'adapter', '--lora', '--rank', 2)
+    run('train-controlnet', *mine, '--out', tmp_path/'control', '--copies', 1)
+    drawn = capsys.readouterr().out.split()
+    assert drawn == [str(tmp_path/'student/pipeline'), str(tmp_path/'adapter/lora'), str(tmp_path/'control/controlnet')]
+    from pixart_delta_nb import load_pipeline
+    assert load_pipeline(tmp_path/'student/pipeline').omega == 2                    # ω = s - 1
+    steered = ['--control', own/'pictures/3.png', '--controlnet', tmp_path/'control/controlnet']
+    for model, more in ((tmp_path/'student/pipeline', []), (own/'teacher', steered)):
+        run('generate', 'a red cube', '--pipeline', model, '--steps', 2, *more, '--out', tmp_path/'x.png')
+        assert Image.open(tmp_path/'x.png').size == (64, 64)
+
+
+def test_latents_of_another_model_are_refused(own, tmp_path, capsys):
+    from pixart_delta_nb.pipeline import save_pipeline, tiny_pipeline
+    save_pipeline(tiny_pipeline(seed=1), tmp_path/'other')
+    mine = ['--pipeline', tmp_path/'other', '--latents', own/'latents', '--out', tmp_path/'out']
+    for command in (['distill'], ['distill', '--lora'], ['train-controlnet', '--copies', 1]):
+        assert 'precompute' in refused(capsys, *command, *mine)
+
+
+def test_the_world_goes_from_nothing_to_a_student_with_the_defaults(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run('render', '--count', 8)
+    for command in ('train-vae', 'train-text', 'train-teacher'): run(command, '--steps', 1)
+    run('distill', '--steps', 1, '--batch-size', 2)
+    run('train-controlnet', '--steps', 1, '--batch-size', 2, '--copies', 1, '--data', 'data/scenes')
+    out = capsys.readouterr().out
+    assert all(word in out for word in ('8 scenes', 'runs/vae', 'runs/text', 'runs/teacher/pipeline', 'runs/student/pipeline', 'runs/controlnet/controlnet'))
+    from pixart_delta_nb import load_pipeline
+    assert load_pipeline('runs/student/pipeline').is_student
+
+
+def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(tmp_path):
+    from pixart_delta_nb import load_pipeline
+    from pixart_delta_nb.folders import shipped
+    data, vae, teacher = (tmp_path/n for n in ('data', 'vae', 'teacher'))
+    run('render', '--out', data, '--count', 8)
+    run('train-vae', '--data', data, '--out', vae, '--steps', 1, '--decoder-of', shipped('teacher')/'vae')
+    run('train-teacher', '--data', data, '--vae', vae, '--text', shipped('teacher'), '--out', teacher, '--steps', 3, '--start', shipped('teacher')/'transformer')
+    start, end = load_pipeline(), load_pipeline(teacher/'pipeline')
+    assert all((p - q).abs().max() < 1e-3 for p, q in zip(start.vae.encoder.parameters(), end.vae.encoder.parameters()))
+    assert 0 < max((p - q).abs().max().item() for p, q in zip(start.transformer.parameters(), end.transformer.parameters())) < .1
+
+
+def test_precomputation_is_timed_beside_the_autoencoder(own, tmp_path):
+    run('precompute', own/'pictures', '--pipeline', own/'teacher', '--measure', '--out', tmp_path)
+    found = json.loads((tmp_path/'precompute.json').read_text())
+    assert found['images'] == 6 and found['ratio'] == pytest.approx(found['images_per_second']/found['vae_images_per_second'])
+    assert [p.name for p in tmp_path.iterdir()] == ['precompute.json']
+
+
+# figures and scores
 
 def test_a_figure_is_made_by_name_and_drawn_again_without_measuring(tmp_path, capsys):
-    import json
-    cli.main(['reproduce', '--figure', '3', '--from-scratch', '--out', str(tmp_path)])
+    run('reproduce', '--figure', 3, '--from-scratch', '--out', tmp_path)
     first = (tmp_path/'fig3.json').read_text()
     assert json.loads(first)['provenance']['command'] == 'pixart-delta reproduce --figure 3 --from-scratch'
-    (tmp_path/'fig3.png').unlink()
-    cli.main(['reproduce', '--figure', '3', '--out', str(tmp_path)])
-    assert (tmp_path/'fig3.json').read_text() == first and (tmp_path/'fig3.png').is_file() and 'logSNR' in capsys.readouterr().out
+    for drawn in (p for p in tmp_path.iterdir() if p.suffix != '.json'): drawn.unlink()
+    run('reproduce', '--figure', 3, '--out', tmp_path)
+    assert (tmp_path/'fig3.json').read_text() == first and 'logSNR' in capsys.readouterr().out
+    assert [p for p in tmp_path.iterdir() if p.suffix in ('.png', '.svg')]
 
 
 def test_all_makes_every_figure_of_the_index(tmp_path, monkeypatch):
-    from pixart_delta_nb import figures
+    from pixart_delta_nb.evidence import figures
     made = []
     monkeypatch.setattr(figures, 'reproduce_figure', lambda *arguments: made.append(arguments))
-    cli.main(['reproduce', '--figure', 'all', '--out', str(tmp_path)])
+    run('reproduce', '--figure', 'all', '--out', tmp_path)
     assert made == [(name, tmp_path, False) for name in figures.FIGURES]
 
 
-@pytest.mark.parametrize('options, words', [(['--figure', '99'], 'one of 2, 3'), (['--from-scratch'], '--figure'), (['--images', '1'], '--images')])
-def test_reproduce_refuses_in_one_sentence(options, words, tmp_path, capsys):
-    code, message = failed(['reproduce', *options, '--out', str(tmp_path)], capsys)
-    assert code == 1 and words in message and len(message.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+@pytest.mark.parametrize('words, part', [(['--figure', '99'], 'one of 2, 3'), (['--from-scratch'], '--figure'), (['--images', '1'], '--images')])
+def test_reproduce_refuses_in_one_sentence(words, part, tmp_path, capsys):
+    assert part in refused(capsys, 'reproduce', *words, '--out', tmp_path) and not list(tmp_path.iterdir())
 
 
 def test_public_networks_are_refused_in_one_sentence_without_a_connection(tmp_path, capsys, monkeypatch):
-    from pixart_delta_nb import results
+    from pixart_delta_nb.evidence import kit
     def offline(): raise ValueError('Inception v3 could not be loaded (OSError); it needs a network connection')
-    monkeypatch.setattr(results, 'inception_features', offline)
-    code, message = failed(['evaluate', '--public', '--images', '2', '--out', str(tmp_path)], capsys)
-    assert code == 1 and 'network connection' in message and len(message.strip().splitlines()) == 1
+    monkeypatch.setattr(kit, 'inception_features', offline)
+    assert 'network connection' in refused(capsys, 'evaluate', '--public', '--images', 2, '--out', tmp_path)
 
 
-def test_clip_is_trained_and_opens(tmp_path, capsys, monkeypatch):
-    from pixart_delta_nb import scores
-    small = scores.train_clip
-    monkeypatch.setattr(scores, 'train_clip', lambda *arguments, **options: small(*arguments, batch=8, held_out=32, workers=1, progress=False, **options))
-    cli.main(['train-clip', '--out', str(tmp_path), '--steps', '2', '--scenes', '8'])
-    assert 'among 32' in capsys.readouterr().out and scores.load_clip(tmp_path/'clip').model.config.projection_dim == 64
+def test_bench_refuses_steps_that_are_no_numbers(tmp_path, capsys):
+    assert '4;14' in refused(capsys, 'bench', '--steps', '4;14', '--out', tmp_path/'b.json')
 
 
-def test_a_folder_in_the_place_of_the_picture_is_refused(tmp_path, capsys):
-    code, message = failed(['generate', 'a red cube', '--out', str(tmp_path)], capsys)
-    assert code == 1 and 'is a folder' in message and not list(tmp_path.iterdir())
+# the ways out
+
+def test_an_unknown_option_exits_with_2(capsys):
+    code, message = failed(capsys, 'generate', 'a red cube', '--stepz', '4')
+    assert code == 2 and '--stepz' in message
 
 
-def test_another_pipeline_draws(tmp_path):
-    from pixart_delta_nb.pipeline import tiny_pipeline
-    from pixart_delta_nb.pipeline import save_pipeline
-    save_pipeline(tiny_pipeline(), tmp_path/'mine')
-    cli.main(['generate', 'a red cube', '--pipeline', str(tmp_path/'mine'), '--steps', '2', '--out', str(tmp_path/'x.png')])
-    assert Image.open(tmp_path/'x.png').size[0] > 0
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
+    (tmp_path/'file').write_text('')
+    for command in ('reproduce', 'render', 'distill'): assert '--out' in refused(capsys, command, '--out', tmp_path/'file/deep')
 
 
-def test_another_pipeline_excludes_what_belongs_to_the_shipped_one(tmp_path, capsys):
-    code, message = failed(['generate', 'a red cube', '--pipeline', str(tmp_path), '--teacher', '--out', str(tmp_path/'x.png')], capsys)
-    assert code == 1 and '--pipeline excludes' in message
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_exits_with_130_and_a_sentence_when_it_is_stopped(command, number, capsys, monkeypatch):
+    def stopped(folder):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    monkeypatch.setattr(cli, 'check_writable', stopped)
+    before, start = signal.getsignal(signal.SIGTERM), time.monotonic()
+    code, message = failed(capsys, command, *PLACE.get(command, []))
+    assert code == 130 and command in message and len(message.strip().splitlines()) == 1 and time.monotonic() - start < 4
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_precomputation_is_timed_beside_the_autoencoder(tmp_path, capsys):
-    import json
-    (tmp_path/'in').mkdir()
-    for i in range(3): Image.new('RGB', (128, 128), (40*i, 0, 0)).save(tmp_path/f'in/{i}.png'); (tmp_path/f'in/{i}.txt').write_text('a red cube')
-    cli.main(['precompute', str(tmp_path/'in'), '--measure', '--out', str(tmp_path/'out')])
-    found = json.loads((tmp_path/'out/precompute.json').read_text())
-    assert found['images'] == 3 and found['ratio'] == pytest.approx(found['images_per_second']/found['vae_images_per_second'])
-    assert [p.name for p in (tmp_path/'out').iterdir()] == ['precompute.json']
+def test_a_stage_that_says_what_it_kept_is_quoted(capsys, monkeypatch):
+    def stopped(folder): raise KeyboardInterrupt('stopped after 3 of 8 scenes, which are kept')
+    monkeypatch.setattr(cli, 'check_writable', stopped)
+    assert failed(capsys, 'render') == (130, 'pixart-delta: stopped after 3 of 8 scenes, which are kept\n')
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_shows_signs_of_life_where_no_terminal_is(command, capsys, monkeypatch):
+    monkeypatch.setattr(PlainProgress, 'EVERY', .02)
+    def slow(folder):
+        time.sleep(.2)
+        raise ValueError('enough')
+    monkeypatch.setattr(cli, 'check_writable', slow)
+    code, message = failed(capsys, command, *PLACE.get(command, []))
+    assert code == 1 and message.count(f'{command}: ') > 3 and not PlainProgress.opened
+
+
+START = """import sys
+from pathlib import Path
+from pixart_delta_nb import training
+from pixart_delta_nb.cli import main
+record = training.record
+def recorded(*arguments):
+    Path(sys.argv[1]).touch()
+    return record(*arguments)
+training.record = recorded
+main(sys.argv[2:])"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_training_command_in_another_process_leaves_a_checkpoint(number, own, tmp_path):
+    words = ['distill', '--pipeline', own/'teacher', '--latents', own/'latents', '--batch-size', 2, '--out', tmp_path/'out', '--steps', 100_000]
+    process = subprocess.Popen([sys.executable, '-c', START, *map(str, [tmp_path/'begun', *words])], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path/'begun').exists() and process.poll() is None: time.sleep(.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and 'checkpoint' in said and 'Traceback' not in said
+    assert (tmp_path/'out/checkpoint.safetensors').is_file()
