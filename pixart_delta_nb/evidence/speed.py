@@ -77,10 +77,12 @@ def measure_speed(
 
 # %% ../../nbs/evidence/speed.ipynb #4b5894c9
 @contextlib.contextmanager
-def peak_memory(): # yields {'before', 'peak'} in bytes; 'peak' is final afterwards
+def peak_memory(
+    device=None, # whose memory; None: the GPU's where there is one
+): # yields {'before', 'peak'} in bytes; 'peak' is final afterwards
     "The highest memory meanwhile: allocated on the GPU, or resident without one."
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if device is None else str(device).startswith('cuda'):
         torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
         found = {'before': torch.cuda.memory_allocated()}
         yield found
