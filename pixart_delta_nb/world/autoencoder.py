@@ -48,12 +48,12 @@ def crops(
     "Random crops whose corners lie on the latents' grid; `ValueError` where pictures differ in shape or are smaller."
     shape = pixels(images, 0).shape[1:]
     require(all(c <= s for c, s in zip(crop, shape)),
-            lambda: f'a crop of {tuple(crop)} does not fit into pictures of {tuple(shape)} pixels: choose a smaller one.')
+            lambda: f'a crop of {tuple(crop)} does not fit into pictures of {tuple(shape)}: choose a smaller one.')
     rows = torch.randint(0, len(images), (batch_size,), generator=generator)
     corners = [torch.randint(0, (s - c)//8 + 1, (batch_size,), generator=generator)*8 for s, c in zip(shape, crop)]
     chosen = [pixels(images, i) for i in rows.tolist()]
     other = [tuple(x.shape[1:]) for x in chosen if x.shape[1:] != shape]
-    require(not other, lambda: f'some pictures are {tuple(shape)}, some {other[0]}, but all need one shape: resize them.')
+    require(not other, lambda: f'some pictures are {tuple(shape)}, some {other[0]}, but one shape is needed: resize them.')
     return torch.stack([x[:, a:a + crop[0], b:b + crop[1]] for x, a, b in zip(chosen, *(c.tolist() for c in corners))])
 
 # %% ../../nbs/world/autoencoder.ipynb #24567fd1
