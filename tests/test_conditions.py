@@ -8,7 +8,7 @@ from PIL import Image
 
 from pixart_delta_nb.conditions import (CONDITIONS, blur, closed_gap, depth_error, edge_f_score, extract, fidelity,
     gradient, hard_edges, load_picture, mask_iou, soft_edges)
-from pixart_delta_nb.world.truths import empty_worlds, truth
+from pixart_delta_nb.world.truths import empty_worlds, read_condition, scene_fidelity, truth
 from pixart_delta_nb.world.raytracer import render
 from pixart_delta_nb.world.words import Scene, Thing, make
 
@@ -43,7 +43,7 @@ def test_hard_line_of_the_horizon_has_no_gap():
 def test_a_scene_agrees_with_itself_better_than_with_another(condition):
     scenes = [make(5, i)[0] for i in range(4)]
     given, images = torch.stack([truth(s, condition) for s in scenes]), torch.stack([render(s)['image'] for s in scenes])
-    own, other = (fidelity(given, x, condition).mean() for x in (images, images.roll(1, 0)))
+    own, other = (scene_fidelity(given, x, condition).mean() for x in (images, images.roll(1, 0)))
     assert own < other if condition == 'depth' else own > other
 
 
@@ -143,7 +143,8 @@ def test_disjoint_masks_have_no_overlap():
     (lambda: extract(torch.rand(3, 16, 16), 'edges'), r'\(B, 3, H, W\)'),
     (lambda: extract(torch.rand(1, 3, 16, 16)*2, 'edges'), r'\[0, 1\]'),
     (lambda: extract(torch.full((1, 3, 16, 16), float('nan')), 'edges'), r'\[0, 1\]'),
-    (lambda: extract(torch.rand(1, 3, 16, 32), 'depth'), 'square'),
+    (lambda: extract(torch.rand(1, 3, 16, 16), 'depth'), 'condition is'),
+    (lambda: read_condition(torch.rand(1, 3, 16, 32), 'depth'), 'square'),
     (lambda: edge_f_score(lines(3), lines(3, n=20)), 'shapes'),
     (lambda: edge_f_score(lines(3), lines(3), -1), 'tolerance')])
 def test_bad_input_is_refused_in_one_sentence(call, words):
@@ -157,16 +158,35 @@ def test_missing_hed_says_what_to_install(monkeypatch):
 
 def test_picture_of_another_size_warns(tmp_path):
     Image.new('RGB', (40, 30), (255, 0, 0)).save(tmp_path/'a.png')
-    with pytest.warns(UserWarning, match='40 x 30'): x = load_picture(tmp_path/'a.png', 32)
+    with pytest.warns(UserWarning, match='40 x 30 and was scaled and cropped to 32 x 32'): x = load_picture(tmp_path/'a.png', 32)
     assert x.shape == (1, 3, 32, 32) and x[0, :, 5, 5].tolist() == [1, -1, -1]
 
 
-@pytest.mark.parametrize('mode', ['RGBA', 'CMYK', 'P', 'I;16'])
-def test_other_modes_are_refused(mode):
-    with pytest.raises(ValueError, match=f'mode {mode}'): load_picture(Image.new(mode, (32, 32)), 32)
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'I;16', 'F'])
+def test_every_mode_is_a_control_picture(mode):
+    image = Image.new('L', (32, 32)).convert(mode) if mode not in ('I;16', 'F') else Image.fromarray(np.zeros((32, 32), np.uint16 if mode == 'I;16' else np.float32))
+    x = load_picture(image, 32)
+    assert x.shape == (1, 3, 32, 32) and x.max() < -.98
+
+
+def test_a_control_picture_is_turned_upright(tmp_path):
+    picture = np.zeros((32, 32, 3), np.uint8); picture[:8] = 255
+    exif = Image.Exif(); exif[0x112] = 3                                                # upside down
+    Image.fromarray(picture).save(tmp_path/'a.png', exif=exif)
+    x = load_picture(tmp_path/'a.png', 32)
+    assert x[..., -8:, :].min() == 1 and x[..., :-8, :].max() == -1
+
+
+def test_transparent_pixels_are_white_and_show_no_hidden_colour():
+    x = load_picture(Image.new('RGBA', (32, 32), (255, 0, 0, 0)), 32)
+    assert x.min() == 1
+
+
+def test_a_control_picture_may_be_oblong():
+    assert load_picture(Image.new('RGB', (48, 32)), (32, 48)).shape == (1, 3, 32, 48)
 
 
 def test_files_that_are_no_pictures_are_refused(tmp_path):
     (tmp_path/'a.png').write_text('no picture')
-    with pytest.raises(ValueError, match='cannot be read'): load_picture(tmp_path/'a.png')
-    with pytest.raises(ValueError, match='is not a file'): load_picture(tmp_path/'b.png')
+    with pytest.raises(ValueError, match='a.png cannot be used'): load_picture(tmp_path/'a.png')
+    with pytest.raises(ValueError, match='not found'): load_picture(tmp_path/'b.png')

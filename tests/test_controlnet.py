@@ -1,21 +1,17 @@
 "ControlNet: wirings against literal transcriptions, training that touches the adapter alone, files, and bad input."
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_delta_nb.controlnet import (ControlNetTransformer, Controlled, ENTRIES, convert_released, load_controlnet,
-    sample_controlled, save_controlnet, train_controlnet)
+from pixart_delta_nb.controlnet import ControlNetTransformer, ENTRIES, convert_released, load_controlnet, save_controlnet, train_controlnet
 from pixart_delta_nb.data import precompute_control
-from pixart_delta_nb.evidence.control import measure_control
-from pixart_delta_nb.evidence.control_cost import adapter_flops, adapter_parameters, example_inputs, measure_cost
-from pixart_delta_nb.evidence.judge import Evaluator
-from pixart_delta_nb.pipeline import tiny_pipeline
-from pixart_delta_nb.sampling import sample_student
-from pixart_delta_nb.sampling import guided_eps
 from pixart_delta_nb.folders import WEIGHTS
+from pixart_delta_nb.latents import LatentDataset
+from pixart_delta_nb.pipeline import tiny_pipeline
+from pixart_delta_nb.sampling import generate, guided_eps, sample_student
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig, caption_bias, unpatchify
 
 
@@ -47,7 +43,7 @@ def inputs():
 def data():
     g = torch.Generator().manual_seed(2)
     draw = lambda *s: torch.randn(s, generator=g)
-    return {'latents': draw(6, 4, 8, 8), 'control': draw(6, 4, 8, 8), 'captions': draw(6, 5, 6), 'mask': torch.ones(6, 5), 'null': draw(1, 1, 6)}
+    return LatentDataset(draw(6, 4, 8, 8), draw(6, 5, 6), torch.ones(6, 5), draw(1, 1, 6), control=draw(6, 4, 8, 8))
 
 
 def around(base, latents, t, caption, mask, middle):
@@ -177,26 +173,34 @@ def test_both_halves_of_a_guided_batch_are_controlled(base, inputs):
     x, t, caption, mask, control = inputs
     net, null = perturb(ControlNetTransformer(base, 2)), torch.randn(1, 1, 6).double()
     null_mask, s = torch.ones(1, 1).double(), 4.5
-    got = guided_eps(Controlled(net, control), x, t, caption, mask, null, null_mask, s)
+    got = guided_eps(net, x, t, caption, mask, null, null_mask, s, control=control)
     cond = net(x, t, caption, mask, control)[:, :4]
     uncond = net(x, t, null.expand(3, -1, -1), null_mask.expand(3, -1), control)[:, :4]
     torch.testing.assert_close(got, uncond + s*(cond - uncond))
 
 
-def test_one_control_serves_every_row(base, inputs):
+def test_two_pictures_do_not_steer_the_two_halves_of_one_guided_image(base, inputs):
     x, t, caption, mask, control = inputs
-    net = perturb(ControlNetTransformer(base, 1))
-    torch.testing.assert_close(Controlled(net, control[:1], .7)(x, t, caption, mask), net(x, t, caption, mask, control[:1].expand(3, -1, -1, -1), .7))
+    net, null = perturb(ControlNetTransformer(base, 1)), torch.randn(1, 1, 6).double()
+    with pytest.raises(ValueError, match='control has shape'): guided_eps(net, x[:1], t[:1], caption[:1], mask[:1], null, torch.ones(1, 1).double(), 4.5, control=control[:2])
+    with pytest.raises(ValueError, match='control has shape'): net(x[:2], t[:2], caption[:2], mask[:2], control=control[:1])
+    pipe = tiny_pipeline()
+    under = replace(pipe, transformer=ControlNetTransformer(pipe.transformer, 1))
+    with pytest.raises(ValueError, match='2'): generate(under, ['a red cube'], steps=1, control=torch.zeros(2, 3, 64, 64))
+
+
+def test_a_network_under_control_without_a_control_is_refused(base, inputs):
+    with pytest.raises(ValueError, match='no control was given'): ControlNetTransformer(base, 1)(*inputs[:4])
 
 
 def test_each_image_has_its_own_condition_whatever_the_batch():
     pipe, g = tiny_pipeline(omega=3.5), torch.Generator().manual_seed(0)
     pictures, captions = torch.rand(3, 3, 64, 64, generator=g)*2 - 1, ['a red cube', 'a small sphere', 'grass']
     torch.manual_seed(0)
-    net = perturb(ControlNetTransformer(pipe.transformer, 1))
-    images = [sample_controlled(pipe, net, captions, pictures, sample_student, batch_size=n, steps=2) for n in (1, 2, 3)]
+    under = replace(pipe, transformer=perturb(ControlNetTransformer(pipe.transformer, 1)))
+    images = [generate(under, captions, control=pictures, batch_size=n, steps=2) for n in (1, 2, 3)]
     assert torch.allclose(images[0], images[1], atol=1e-4) and torch.allclose(images[0], images[2], atol=1e-4)
-    swapped = sample_controlled(pipe, net, captions, pictures.flip(0), sample_student, steps=2)
+    swapped = generate(under, captions, control=pictures.flip(0), steps=2)
     assert not torch.allclose(images[0][0], swapped[0], atol=1e-3)
 
 
@@ -204,14 +208,14 @@ def test_control_latents_are_scaled_as_images_are():
     pipe = tiny_pipeline()
     x = torch.rand(3, 3, 64, 64)*2 - 1
     with torch.no_grad(): expected = pipe.vae.encode(x).latent_dist.mode()*pipe.scaling_factor
-    assert torch.allclose(precompute_control(pipe.vae, x, pipe.scaling_factor, batch=2), expected, atol=1e-5)
+    assert torch.allclose(precompute_control(pipe, x, batch_size=2), expected, atol=1e-5)
 
 
 def test_training_moves_the_adapter_alone_and_resumes_bit_for_bit(data, tmp_path):
     torch.manual_seed(0)
     base = PixArtTransformer(config())
     before = {k: v.clone() for k, v in base.state_dict().items()}
-    run = lambda name, **o: train_controlnet(base, data, tmp_path/name, steps=6, num_copies=2, batch=4, progress=False, **o)
+    run = lambda name, **o: train_controlnet(base, data, tmp_path/name, steps=6, num_copies=2, batch_size=4, progress=False, **o)
     whole = run('whole')
     run('parts', until=3)
     parts = run('parts', resume=True)
@@ -224,21 +228,21 @@ def test_training_moves_the_adapter_alone_and_resumes_bit_for_bit(data, tmp_path
 
 def test_checkpoint_holds_no_weight_of_the_base(data, tmp_path):
     from pixart_delta_nb.core import load_tensors
-    train_controlnet(PixArtTransformer(config()), data, tmp_path, steps=1, num_copies=1, batch=2, progress=False)
+    train_controlnet(PixArtTransformer(config()), data, tmp_path, steps=1, num_copies=1, batch_size=2, progress=False)
     assert not [k for k in load_tensors(tmp_path/'checkpoint.safetensors') if 'pos_embed' in k or 'caption_projection' in k or 'proj_out' in k]
 
 
 def test_bfloat16_products_train(data, tmp_path):
     log = []
-    train_controlnet(PixArtTransformer(config()), data, tmp_path, steps=2, num_copies=1, batch=2, bf16=True, progress=False, log=log.append, log_every=1)
+    train_controlnet(PixArtTransformer(config()), data, tmp_path, steps=2, num_copies=1, batch_size=2, bf16=True, progress=False, log=log.append, log_every=1)
     assert len(log) == 2
 
 
 def test_resuming_another_wiring_is_refused(data, tmp_path):
     base = PixArtTransformer(config())
-    train_controlnet(base, data, tmp_path, steps=2, num_copies=1, batch=2, until=1, progress=False)
-    with pytest.raises(ValueError, match='settings'):
-        train_controlnet(base, data, tmp_path, steps=2, num_copies=1, entry='released', batch=2, resume=True, progress=False)
+    train_controlnet(base, data, tmp_path, steps=2, num_copies=1, batch_size=2, until=1, progress=False)
+    with pytest.raises(ValueError, match='entry = report, not released'):
+        train_controlnet(base, data, tmp_path, steps=2, num_copies=1, entry='released', batch_size=2, resume=True, progress=False)
 
 
 def test_save_and_load(base, inputs, tmp_path):
@@ -298,19 +302,6 @@ def test_released_file_of_another_width_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match='shape'): convert_released(tmp_path/'x.pth', base)
 
 
-@pytest.mark.parametrize('n', [1, 3])
-def test_formulas_equal_counts(n):
-    c = config()
-    with torch.device('meta'):
-        base, x, rest = PixArtTransformer(c), torch.empty(1, 4, 8, 8), (torch.empty(1), torch.empty(1, 9, 6), None)
-        net = ControlNetTransformer(base, n)
-        with FlopCounterMode(display=False) as alone: base(x, *rest)
-        with FlopCounterMode(display=False) as whole: net(x, *rest, x)
-    patches = 2*16*4*4*c.width
-    assert whole.get_total_flops() - alone.get_total_flops() - patches == adapter_flops(c, n, 9)
-    assert sum(p.numel() for p in net.adapter.parameters()) == adapter_parameters(c, n)
-
-
 @pytest.mark.parametrize('options,words', [
     (dict(num_copies=0), 'allows 1 to 3'), (dict(num_copies=4), 'allows 1 to 3'), (dict(num_copies=2.), 'allows 1 to 3'), (dict(num_copies=1, entry='middle'), 'entry'),
     (dict(num_copies=1, wiring='u-net'), 'wiring'), (dict(num_copies=3, wiring='unet'), 'num_copies=2'), (dict(num_copies=2, wiring='unet', entry='released'), 'num_copies=2')])
@@ -327,73 +318,39 @@ def test_controls_must_fit(base, inputs, data, tmp_path):
     x, t, caption, mask, control = inputs
     net, pipe = ControlNetTransformer(base, 1), tiny_pipeline()
     with pytest.raises(ValueError, match='control has shape'): net(x, t, caption, mask, control[:2])
-    with pytest.raises(ValueError, match='batch_size=2'): Controlled(net, control[:2])(x, t, caption, mask)
-    with pytest.raises(ValueError, match=r'\[-1, 1\]'): precompute_control(pipe.vae, torch.full((1, 3, 64, 64), 255.), 1.)
-    with pytest.raises(ValueError, match='each caption needs one'): sample_controlled(pipe, ControlNetTransformer(pipe.transformer, 1), ['a'], torch.zeros(2, 3, 64, 64))
-    with pytest.raises(ValueError, match='lacks control'): train_controlnet(base, {k: v for k, v in data.items() if k != 'control'}, tmp_path)
-    with pytest.raises(ValueError, match='each latent needs'): train_controlnet(base, data | {'control': data['control'][:2]}, tmp_path)
-    with pytest.raises(ValueError, match='width 9'): train_controlnet(base, data | {'captions': torch.zeros(6, 5, 9)}, tmp_path)
+    with pytest.raises(ValueError, match=r'\[-1, 1\]'): precompute_control(pipe, torch.full((1, 3, 64, 64), 255.))
+    with pytest.raises(ValueError, match='lacks control'): train_controlnet(base, replace(data, control=None), tmp_path)
+    with pytest.raises(ValueError, match='each latent needs'): train_controlnet(base, replace(data, control=data.control[:2]), tmp_path)
+    with pytest.raises(ValueError, match='width 9'): train_controlnet(base, replace(data, caption=torch.zeros(6, 5, 9)), tmp_path)
 
 
 def test_another_base_is_refused(base):
     with pytest.raises(ValueError, match='num_layers'): ControlNetTransformer(base, 1).with_base(PixArtTransformer(config(num_layers=3)))
 
 
-@pytest.mark.parametrize('options,words', [(dict(condition='hed'), 'condition is'), (dict(captions=('short',)), 'captions is'), (dict(scales=(1., 0.)), 'scales begins')])
-def test_measuring_what_is_unknown_is_refused(options, words):
-    with pytest.raises(ValueError, match=words): measure_control(None, None, None, Evaluator(), **options)
-
-
-def measured(pipe, net, **options):
-    return measure_control(pipe, pipe, net, Evaluator(), images=2, methods=(('student', 1),), **options)
-
-
-def test_a_fresh_controlnet_closes_no_gap_and_an_obedient_one_all_of_it(monkeypatch):
-    from pixart_delta_nb import controlnet
-    from pixart_delta_nb.world.raytracer import render
-    from pixart_delta_nb.world.words import make
-    pipe = tiny_pipeline()
-    net = ControlNetTransformer(pipe.transformer, 1)
-    found = measured(pipe, net)
-    assert [(r['captions'], r['scale'], r['closed']) for r in found['scores']] == [(told, s, 0.) for told in ('full', 'none') for s in (0., 1.)]
-    honest, obedient = controlnet.sample_controlled, torch.stack([render(make(101, i)[0])['image'] for i in range(2)])
-    monkeypatch.setattr(controlnet, 'sample_controlled', lambda *a, **o: obedient if a[5] else honest(*a, **o))
-    found = measured(pipe, net, captions=('none',))
-    assert found['scores'][1]['closed'] == pytest.approx(1) and found['scores'][1]['fidelity'] == found['ceiling']['fidelity']
-
-
-def test_captions_none_hides_the_words_and_tolerance_reaches_the_measure(monkeypatch):
-    from pixart_delta_nb import controlnet
-    pipe, heard, honest = tiny_pipeline(), [], controlnet.sample_controlled
-    monkeypatch.setattr(controlnet, 'sample_controlled', lambda p, n, captions, *a, **o: heard.append(captions) or honest(p, n, captions, *a, **o))
-    net = ControlNetTransformer(pipe.transformer, 1)
-    strict, lax = (measured(pipe, net, scales=(0.,), tolerance=t) for t in (0, 3))
-    assert all(heard[0]) and heard[1] == ['', ''] and strict['options'] == {'tolerance': 0}
-    assert strict['ceiling']['fidelity'] < lax['ceiling']['fidelity']
-
-
-def test_cost_is_counted_and_timed_for_each_number_of_copies():
-    rows = measure_cost(PixArtTransformer(config()).eval(), (1, 3), batch=2, caption_tokens=9, repeats=1)
-    with torch.device('meta'):
-        given, _ = example_inputs(config(), 1, 9)
-        with FlopCounterMode(display=False) as alone: PixArtTransformer(config())(*given)      # with its attentions, which a CPU's count lacks
-    for r, n in zip(rows, (1, 3)):
-        assert r['parameters'] == adapter_parameters(config(), n) and r['flops'] == adapter_flops(config(), n, 9)
-        assert r['predicted'] == pytest.approx(1 + r['flops']/alone.get_total_flops()) and r['measured'] == pytest.approx(r['seconds']/r['base_seconds'])
-    with pytest.raises(ValueError, match='allows 1 to 3'): measure_cost(PixArtTransformer(config()), (4,), repeats=1)
-
-
-def test_cost_is_measured_with_micro_conditions():
-    base = PixArtTransformer(config(attention_head_dim=12, use_additional_conditions=True)).eval()
-    assert measure_cost(base, (1,), batch=1, caption_tokens=3, repeats=1)[0]['seconds'] > 0
-
-
 def test_micro_conditions_are_needed_and_reach_the_training(data, tmp_path):
     torch.manual_seed(0)
     base = PixArtTransformer(config(use_additional_conditions=True, num_attention_heads=3, attention_head_dim=8))
-    with pytest.raises(ValueError, match='lacks resolution, aspect_ratio'): train_controlnet(base, data, tmp_path/'a', 1, 1, batch=2, progress=False)
-    told, losses = {'resolution': torch.full((6, 2), 64.), 'aspect_ratio': torch.ones(6, 1)}, []
+    with pytest.raises(ValueError, match='lacks resolution, aspect_ratio'): train_controlnet(base, data, tmp_path/'a', 1, 1, batch_size=2, progress=False)
+    losses = []
     torch.nn.init.normal_(base.proj_out.weight, std=.1)
     for name, side in (('b', 1.), ('c', 8.)):
-        train_controlnet(base, data | told | {'resolution': told['resolution']*side}, tmp_path/name, 1, 1, batch=2, progress=False, log_every=1, log=lambda r: losses.append(r['loss']))
+        train_controlnet(base, replace(data, resolution=torch.full((6, 2), 64.*side), aspect_ratio=torch.ones(6, 1)), tmp_path/name, 1, 1, batch_size=2, progress=False, log_every=1, log=lambda r: losses.append(r['loss']))
+    assert losses[0] != losses[1]
+
+
+def test_resuming_around_another_base_or_with_other_data_is_refused(data, tmp_path):
+    torch.manual_seed(0)
+    settings = dict(steps=2, num_copies=1, batch_size=2, progress=False)
+    train_controlnet(PixArtTransformer(config()), data, tmp_path, until=1, **settings)
+    with pytest.raises(ValueError, match='teacher = '): train_controlnet(PixArtTransformer(config()), data, tmp_path, resume=True, **settings)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match='data = '): train_controlnet(PixArtTransformer(config()), replace(data, control=data.z), tmp_path, resume=True, **settings)
+
+
+def test_the_schedule_of_noise_is_an_argument(data, tmp_path):
+    torch.manual_seed(0)
+    base, losses = PixArtTransformer(config()), []
+    for name, table in (('a', None), ('b', torch.linspace(.99, .01, 1000, dtype=torch.float64))):
+        train_controlnet(base, data, tmp_path/name, 1, 1, batch_size=2, progress=False, alpha_bar=table, log=lambda r: losses.append(r['loss']))
     assert losses[0] != losses[1]

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from pixart_delta_nb.core import save_tensors
-from pixart_delta_nb.data import draw_batch, load_latents
-from pixart_delta_nb.latents import Batch
+from pixart_delta_nb.data import open_latents
+from pixart_delta_nb.latents import Batch, LatentDataset
 from pixart_delta_nb.distill import guided_teacher_eps, lcd_step, lcd_train, pair_with_null, predict_eps, pseudo_huber
 from pixart_delta_nb.evidence.benchmarks import benchmark_step
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
@@ -128,8 +128,8 @@ def test_null_longer_than_the_captions_pads_them(batch):
 
 
 def test_draw_batch_cuts_to_the_longest_caption_and_follows_its_seed(batch):
-    data = batch._replace(mask=batch.mask.clone()); data.mask[1] = torch.tensor([1, 1, 1, 0])
-    a, b = (draw_batch(data, 32, torch.Generator().manual_seed(5)) for _ in range(2))
+    data = LatentDataset(*batch._replace(mask=batch.mask.clone())); data.mask[1] = torch.tensor([1, 1, 1, 0])
+    a, b = (data.draw(32, torch.Generator().manual_seed(5)) for _ in range(2))
     assert a.caption.shape == (32, 3, 6) and torch.equal(a.z, b.z)
 
 
@@ -164,7 +164,7 @@ class Linear(nn.Module):
 
 
 def train_linear(batch, out, **options):
-    light = Batch(*(v.float() if v is not None and v.is_floating_point() else v for v in batch))
+    light = LatentDataset(*(v.float() if v is not None and v.is_floating_point() else v for v in batch))
     teacher = Linear()
     return teacher, *lcd_train(teacher, light, ALPHA_BAR, out, **({'steps': 8, 'batch_size': 2, 'lr': 1e-3, 'warmup': 2, 'progress': False} | options))
 
@@ -199,13 +199,13 @@ def test_loop_refuses_captions_that_do_not_match(batch, tmp_path):
 
 def test_latents_round_trip(batch, tmp_path):
     save_tensors(tmp_path/'d.safetensors', dict(zip(('latents', 'captions', 'mask', 'null'), batch)))
-    data = load_latents(tmp_path/'d.safetensors')
-    assert all(torch.equal(a, b) for a, b in zip(data[:4], batch[:4])) and data.null_mask is None
+    data = open_latents(tmp_path/'d.safetensors')
+    assert all(torch.equal(a, b) for a, b in zip((data.z, data.caption, data.mask, data.null), batch[:4])) and data.null_mask is None
 
 
 def test_latents_name_what_is_missing(batch, tmp_path):
     save_tensors(tmp_path/'d.safetensors', {'latents': batch.z})
-    with pytest.raises(ValueError, match='lacks captions, mask, null'): load_latents(tmp_path/'d.safetensors')
+    with pytest.raises(ValueError, match='lacks captions, mask, null'): open_latents(tmp_path/'d.safetensors')
 
 
 def test_benchmark_reports_its_floor(networks, batch):
@@ -226,8 +226,65 @@ def test_step_refuses_a_table_that_does_not_decrease(networks, batch, noise):
 
 
 def test_batches_refuse(batch):
-    with pytest.raises(ValueError, match='size is 0'): draw_batch(batch, 0, torch.Generator())
+    with pytest.raises(ValueError, match='batch_size is 0'): LatentDataset(*batch).draw(0, torch.Generator())
     with pytest.raises(ValueError, match='one encoder makes both'): pair_with_null(batch._replace(null=torch.zeros(1, 1, 5)))
+
+
+def dataset(batch, **changes):
+    return LatentDataset(*(v.float() if v is not None and v.is_floating_point() else v for v in batch._replace(**changes)))
+
+
+def train_transformer(data, out, **options):
+    torch.manual_seed(0)
+    teacher = options.pop('teacher', None) or PixArtTransformer(CONFIG)
+    return lcd_train(teacher, data, ALPHA_BAR, out, **({'steps': 3, 'batch_size': 2, 'lr': 1e-3, 'warmup': 1, 'progress': False} | options))
+
+
+def test_a_range_of_omega_is_refused_for_a_student_that_does_not_embed_it(batch, tmp_path):
+    with pytest.raises(ValueError, match='does not embed ω'): train_linear(batch, tmp_path, omega=(2., 5.))
+    with pytest.raises(ValueError, match=r'embed_guidance\(network\)'): train_transformer(dataset(batch), tmp_path, omega=(2., 5.))
+
+
+def test_one_null_mask_a_row_trains_on_captions_of_unequal_length(batch, tmp_path):
+    wide = torch.cat([batch.null, torch.randn(1, 3, 6).double()], 1)                     # the released null caption: as long as a caption, under its mask
+    student, _, log = train_transformer(dataset(batch, null=wide, null_mask=batch.mask), tmp_path, batch_size=3)
+    assert all(p.isfinite().all() for p in student.parameters()) and math.isfinite(log[-1]['loss'])
+
+
+def test_no_gradient_reaches_the_null_caption(batch, tmp_path):
+    data = dataset(batch)
+    data.null.requires_grad_(True)
+    before = data.null.detach().clone()
+    train_transformer(data, tmp_path)
+    assert data.null.grad is None and torch.equal(data.null, before)
+
+
+def test_a_teacher_in_half_precision_makes_a_student_in_float32(batch, tmp_path):
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        teacher = PixArtTransformer(CONFIG).to(dtype)
+        student, target, _ = train_transformer(dataset(batch), tmp_path/str(dtype), teacher=teacher)
+        assert {p.dtype for n in (student, target) for p in n.parameters()} == {torch.float32}
+        assert next(teacher.parameters()).dtype == dtype
+
+
+def test_a_student_in_half_precision_is_refused(batch, tmp_path):
+    with pytest.raises(ValueError, match='train them in float32'): train_transformer(dataset(batch), tmp_path, student=PixArtTransformer(CONFIG).bfloat16())
+
+
+def test_a_run_goes_on_with_its_own_data_and_teacher_alone(batch, tmp_path):
+    train_transformer(dataset(batch), tmp_path, until=1)
+    with pytest.raises(ValueError, match='data = '): train_transformer(dataset(batch, z=batch.z + 1), tmp_path, resume=True)
+    with pytest.raises(ValueError, match='teacher = '): train_transformer(dataset(batch), tmp_path, teacher=PixArtTransformer(CONFIG), resume=True)
+    with pytest.raises(ValueError, match='choose another folder'): train_transformer(dataset(batch), tmp_path)
+
+
+@pytest.mark.parametrize('field', ['z', 'caption', 'null'])
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_data_that_are_not_finite_are_refused(batch, field, value):
+    broken = getattr(batch, field).clone()
+    broken.view(-1)[0] = value
+    with pytest.raises(ValueError, match=f'{field} of the data holds values that are not finite'): dataset(batch, **{field: broken})
 
 
 def test_loop_refuses_a_range_of_omega_that_is_none(batch, tmp_path):
@@ -240,18 +297,3 @@ def test_disagreement_8_a_captions_mask_over_the_null_caption_is_another_input(n
     own, captions = (predict_eps(teacher, batch.z[:1], t, wide, torch.tensor([m])) for m in ([1, 0, 0, 0], [1, 1, 0, 0]))
     torch.testing.assert_close(own, predict_eps(teacher, batch.z[:1], t, batch.null, torch.ones(1, 1)), rtol=0, atol=1e-12)
     assert (own - captions).abs().max() > 1e-6
-
-
-def test_folder_to_folder_is_the_loop_and_is_known_as_a_student(tmp_path):
-    from pixart_delta_nb.stages import distill
-    from pixart_delta_nb.pipeline import tiny_pipeline
-    from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
-    tiny, g = tiny_pipeline(), torch.Generator().manual_seed(0)
-    save_pipeline(tiny, tmp_path/'teacher')
-    rows = Batch(torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 5, 32, generator=g), torch.ones(4, 5), torch.randn(1, 1, 32, generator=g))
-    settings = dict(steps=2, lr=1e-3, batch_size=2, warmup=1, progress=False)
-    distill(tmp_path/'teacher', rows, tmp_path/'run', **settings)
-    by_hand, _, _ = lcd_train(tiny.transformer, rows, ALPHA_BAR, tmp_path/'by_hand', **settings)
-    opened = load_pipeline(tmp_path/'run'/'pipeline')
-    assert all(torch.equal(v, opened.transformer.state_dict()[name]) for name, v in by_hand.state_dict().items())
-    assert opened.is_student and opened.omega == 3.5 and not load_pipeline(tmp_path/'teacher').is_student

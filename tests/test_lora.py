@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from pixart_delta_nb.core import load_tensors, save_tensors
-from pixart_delta_nb.latents import Batch
+from pixart_delta_nb.latents import LatentDataset
 from pixart_delta_nb.distill import lcd_step, lcd_train
 from pixart_delta_nb.lcm_lora import adapter_of, lora_train, one_model
 from pixart_delta_nb.lora import (LoRA, TARGETS, add_lora, apply_lora, base_only, chosen_layers, from_peft_names,
     load_lora, lora_layers, lora_parameters, merge, remove_lora, save_lora, unmerge)
-from pixart_delta_nb.stages import distill_lora
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
 from pixart_delta_nb.optimisers import EMA
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
@@ -53,7 +52,7 @@ def inputs():
 @pytest.fixture
 def rows():
     g = torch.Generator().manual_seed(3)
-    return Batch(torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 3, 6, generator=g), torch.ones(4, 3, dtype=torch.long), torch.randn(1, 1, 6, generator=g))
+    return LatentDataset(torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 3, 6, generator=g), torch.ones(4, 3, dtype=torch.long), torch.randn(1, 1, 6, generator=g))
 
 
 def test_start_is_the_teacher(base, inputs):
@@ -268,9 +267,10 @@ def test_one_model_has_the_gradient_of_three(adapted, base, rows):
     for p in ema.module.parameters(): p.mul_(.5)
     slow = copy.deepcopy(adapted)
     for p, q in zip(lora_parameters(slow), ema.module.parameters()): p.data = q.clone()
-    student, draws = copy.deepcopy(adapted), dict(n=torch.tensor([0, 49, 7, 20]), noise=torch.randn(4, 4, 8, 8))
-    one = lcd_step(*one_model(adapted, ema), rows, ALPHA_BAR, **draws)
-    three = lcd_step(student, remove_lora(merge(slow)), base, rows, ALPHA_BAR, **draws)
+    student, batch = copy.deepcopy(adapted), rows.draw(4, torch.Generator().manual_seed(0))
+    draws = dict(n=torch.tensor([0, 49, 7, 20]), noise=torch.randn(4, 4, 8, 8))
+    one = lcd_step(*one_model(adapted, ema), batch, ALPHA_BAR, **draws)
+    three = lcd_step(student, remove_lora(merge(slow)), base, batch, ALPHA_BAR, **draws)
     a, b = (torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora_parameters(m))]) for loss, m in ((one, adapted), (three, student)))
     assert one.item() == pytest.approx(three.item(), rel=1e-4) and (a - b).norm() < 1e-3*b.norm()
 
@@ -328,22 +328,19 @@ def test_loop_refuses_a_model_without_adapter(base, rows, tmp_path):
     with pytest.raises(ValueError, match='no adapter'): lora_train(base, rows, ALPHA_BAR, tmp_path, steps=1)
 
 
-def test_folder_to_folder(tmp_path):
-    pytest.importorskip('diffusers')
-    from pixart_delta_nb.pipeline import tiny_pipeline
-    from pixart_delta_nb.sampling import generate
-    from pixart_delta_nb.pipeline import save_pipeline
-    pipe = tiny_pipeline()
-    save_pipeline(pipe, tmp_path/'teacher')
-    width = pipe.transformer.config.caption_channels
-    data = Batch(torch.randn(3, 4, 8, 8), torch.randn(3, 2, width), torch.ones(3, 2, dtype=torch.long), torch.randn(1, 1, width))
-    log = distill_lora(tmp_path/'teacher', data, tmp_path/'out', steps=2, rank=2, omega=2., batch_size=2, progress=False)
-    plain = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
-    assert apply_lora(pipe, tmp_path/'out/lora') == 2*len(chosen_layers(pipe.transformer)) and len(log) == 1
-    assert pipe.is_student and pipe.config['student_card']['omega'] == 2. and pipe.transformer.state_dict().keys() == plain.keys()
-    assert not torch.equal(pipe.transformer.proj_out.weight, plain['proj_out.weight'])
-    assert generate(pipe, ['a red cube'], steps=2).evaluations == 2
-    with pytest.raises(ValueError, match='holds a student already'): apply_lora(pipe, tmp_path/'out/lora')
+def test_loop_refuses_another_base_or_other_data(rows, tmp_path):
+    run(rows, tmp_path, until=2)
+    settings = dict(steps=5, batch_size=2, lr=1e-3, warmup=2, progress=False, resume=True)
+    with pytest.raises(ValueError, match='teacher = '): lora_train(add_lora(transformer(seed=9), 2), rows, ALPHA_BAR, tmp_path, **settings)
+    other = LatentDataset(rows.z + 1, rows.caption, rows.mask, rows.null)
+    with pytest.raises(ValueError, match='data = '): lora_train(add_lora(transformer(), 2), other, ALPHA_BAR, tmp_path, **settings)
+
+
+def test_a_trained_adapter_resumes_in_the_model_that_was_trained(rows, tmp_path):
+    model, _ = run(rows, tmp_path, until=2)
+    lora_train(model, rows, ALPHA_BAR, tmp_path, steps=5, batch_size=2, lr=1e-3, warmup=2, progress=False, resume=True)
+    whole, _ = run(rows, tmp_path/'whole')
+    assert all(torch.equal(p, q) for p, q in zip(lora_parameters(whole), lora_parameters(model)))
 
 
 def test_a_damaged_adapter_is_refused_by_its_card(tmp_path):

@@ -3,9 +3,9 @@ import json, math, os, random, resource, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from pixart_delta_nb import core, training
+from pixart_delta_nb import core, optimisers as optimisers_module, training
 from pixart_delta_nb.checkpoints import Checkpoint, pack, read_checkpoint, unpack
-from pixart_delta_nb.optimisers import EMA, Muon, adamw, early_decay, optimisers, orthogonalise, warm_constant_decay
+from pixart_delta_nb.optimisers import EMA, Muon, adamw, early_decay, optimisers, orthogonalise, warm_constant_decay, warm_up
 from pixart_delta_nb.training import tensorboard_log, train
 
 
@@ -84,10 +84,26 @@ def test_moments_in_8_bits_take_a_byte_each_and_resume_bit_for_bit(tmp_path):
 
 def test_moments_in_8_bits_are_refused_where_they_cannot_be(monkeypatch):
     cut = nn.Parameter(torch.zeros(2, 2)); cut.placements = ()
-    monkeypatch.setattr(training, 'find_spec', lambda name: True)
+    monkeypatch.setattr(optimisers_module, 'find_spec', lambda name: True)
     with pytest.raises(ValueError, match='ddp.yaml'): adamw([{'params': [cut]}], .1, eight_bit=True)
-    monkeypatch.setattr(training, 'find_spec', lambda name: None)
+    monkeypatch.setattr(optimisers_module, 'find_spec', lambda name: None)
     with pytest.raises(ValueError, match='pip install bitsandbytes'): adamw([nn.Parameter(torch.zeros(2))], .1, eight_bit=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('eight_bit', [False, True])
+def test_weights_in_half_precision_are_refused_since_small_steps_round_to_nothing(dtype, eight_bit):
+    weight = torch.tensor([.02], dtype=dtype)
+    assert dtype == torch.float16 or weight - 2e-5 == weight
+    with pytest.raises(ValueError, match='train them in float32'): adamw([nn.Parameter(weight)], 2e-5, eight_bit=eight_bit)
+
+
+def test_warm_up_is_one_step_ahead_of_the_released_scheduler():
+    from diffusers.optimization import get_constant_schedule_with_warmup
+    opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.)
+    released, rates = get_constant_schedule_with_warmup(opt, 5), []
+    for _ in range(9): rates.append(released.get_last_lr()[0]); opt.step(); released.step()
+    assert rates[0] == 0 and rates[1:] == [warm_up(5)(i, 9) for i in range(8)] and warm_up(0)(0, 9) == 1
 
 
 def test_muon_skips_parameters_without_gradient():
@@ -159,7 +175,20 @@ def test_another_number_of_steps_is_refused(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     run(tmp_path, until=4, config={'batch': 4})
-    with pytest.raises(ValueError, match='batch'): run(tmp_path, resume=True, config={'batch': 8})
+    with pytest.raises(ValueError, match='batch = 4, not 8'): run(tmp_path, resume=True, config={'batch': 8})
+
+
+def test_a_new_run_does_not_write_over_another_runs_checkpoint(tmp_path):
+    run(tmp_path, until=4)
+    before = (tmp_path/'checkpoint.safetensors').read_bytes()
+    with pytest.raises(ValueError, match='resume=True .* or choose another folder'): run(tmp_path)
+    assert (tmp_path/'checkpoint.safetensors').read_bytes() == before
+
+
+def test_nor_over_one_whose_newest_file_was_lost(tmp_path):
+    run(tmp_path, save_every=4)
+    (tmp_path/'checkpoint.safetensors').unlink()
+    with pytest.raises(ValueError, match='would write over'): run(tmp_path)
 
 
 def test_loss_must_be_finite(tmp_path):
@@ -182,6 +211,36 @@ def test_interrupt_checkpoints_and_exits_with_130(tmp_path):
     whole, log = run(tmp_path/'whole')
     parts, log2 = run(tmp_path, seed=1, resume=True)
     assert same(whole, parts) and log == log2
+
+
+def terminated(folder):
+    "Exit code of a child that trains without end until SIGTERM reaches it from outside."
+    reader, writer = os.pipe()
+    def job():
+        state, step_fn, after = task()
+        def told(step, steps):
+            if step == 3: os.write(writer, b'x')
+            return step_fn(step, steps)
+        try: train(told, state, 10**6, folder, after=after, progress=False)
+        except SystemExit as stop: os._exit(stop.code)
+    child = forked(job)
+    os.read(reader, 1)
+    os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_sigterm_is_an_interrupt(tmp_path, capfd):
+    assert terminated(tmp_path) == 130
+    saved = read_checkpoint(tmp_path/'checkpoint.safetensors')['scalars']
+    assert 3 < saved['step'] < 10**6 and f"Stopped after step {saved['step']} of" in capfd.readouterr().err
+
+
+def test_a_long_run_prints_plain_lines_where_no_terminal_is(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(core.PlainProgress, 'EVERY', .05)
+    net = nn.Linear(1, 1)
+    train(lambda i, n: time.sleep(.02) or net.weight.sum(), {'net': net}, 20, tmp_path, log_every=2)
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) >= 3 and all(line.startswith('training: ') and ' of 20, ' in line for line in said) and 'loss' in said[-1]
 
 
 def test_interrupt_handler_is_restored(tmp_path):
