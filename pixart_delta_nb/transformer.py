@@ -16,9 +16,6 @@ from torch import nn
 from .core import require
 from .folders import DiffusersFolder
 
-# %% ../nbs/06_transformer.ipynb #01a83c13
-"""The PixArt transformer from scratch, with diffusers' parameter names and folder format."""
-
 # %% ../nbs/06_transformer.ipynb #c3541b6d
 @dataclass
 class TransformerConfig:
@@ -39,15 +36,27 @@ class TransformerConfig:
     def __post_init__(self):
         if self.use_additional_conditions is None: self.use_additional_conditions = self.sample_size == 128
         if self.interpolation_scale is None: self.interpolation_scale = max(self.sample_size // 64, 1)
-        for name in [f.name for f in fields(self)][:8]:
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1,
-                    lambda: f'{name} is {value!r} but must be a whole number of at least 1: correct it in the config.')
-        require(self.guidance_embed_dim >= 0 and self.guidance_embed_dim % 2 == 0,
-                lambda: f'guidance_embed_dim is {self.guidance_embed_dim} but must be even, or 0 for none: try 256.')
-        step = 12 if self.use_additional_conditions else 4
-        require(self.width % step == 0,
-                lambda: f'The width {self.width} (num_attention_heads x attention_head_dim) must be a multiple of {step}: change one of the two.')
+        _check_config(self)
+
+# %% ../nbs/06_transformer.ipynb #74ad9694
+def _check_config(c):
+    "`ValueError`, in one sentence, for sizes that cannot work."
+    for name in [f.name for f in fields(c)][:8]:
+        value = getattr(c, name)
+        require(isinstance(value, int) and value >= 1,
+                lambda: f'{name} is {value!r} but must be a whole number of at least 1: correct it in the config.')
+    require(c.guidance_embed_dim >= 0 and c.guidance_embed_dim % 2 == 0,
+            lambda: f'guidance_embed_dim is {c.guidance_embed_dim} but must be even, or 0 for none: try 256.')
+    step = 12 if c.use_additional_conditions else 4
+    require(c.width % step == 0,
+            lambda: f'The width {c.width} is heads x attention_head_dim and must be a multiple of {step}: change one.')
+
+# %% ../nbs/06_transformer.ipynb #184dbab3
+def _fits(name, x, shape, fix):
+    "`ValueError` unless a tensor has a shape, in which None stands for any length."
+    require(x is not None and x.ndim == len(shape) and all(w in (None, n) for w, n in zip(shape, x.shape)),
+            lambda: f'{name} has shape {None if x is None else tuple(x.shape)}, but must have '
+                    f'{str(tuple(shape)).replace("None", "any")}: {fix}.')
 
 # %% ../nbs/06_transformer.ipynb #e7ad7bca
 def position_embedding(
@@ -57,10 +66,11 @@ def position_embedding(
     base_size: int,                # tokens a side at the training resolution
     interpolation_scale: float,    # the positions are divided by this
 ) -> torch.Tensor:                 # (height_tokens*width_tokens, width), float32, row by row
-    "Fixed 2-D sine-cosine positions, equations (2) and (3): the column's half first, then the row's. Raises ValueError for an odd width or an empty grid."
-    require(width >= 4 and width % 4 == 0, lambda: f'width is {width} but must be a multiple of 4, for a sine and a cosine on two axes: try {max(4, width//4*4)}.')
+    "Fixed 2-D sine-cosine positions, (2) and (3): the column's half, then the row's; `ValueError` for sizes that fail."
+    require(width >= 4 and width % 4 == 0,
+            lambda: f'width is {width} but must be a multiple of 4: try {width//4*4 or 4}.')
     require(min(height_tokens, width_tokens, base_size) >= 1 and interpolation_scale > 0,
-            lambda: f'The grid is {height_tokens} x {width_tokens}, base {base_size}, scale {interpolation_scale}; all must be positive: check the sizes.')
+            lambda: f'The grid is {height_tokens} x {width_tokens}, base {base_size}: all sizes must be positive.')
     def axis(pos):                                                                      # (N,)
         omega = 10_000.**-(torch.arange(width//4, dtype=torch.float64)/(width/4))       # (D/4,)
         out = pos[:, None]*omega                                                        # (N, D/4)
@@ -82,8 +92,8 @@ class PatchEmbed(nn.Module):
         x = self.proj(latents)                                                          # (B, D, H/p, W/p)
         h, w = x.shape[-2:]
         if (h, w, x.device) not in self.cache:
-            base = self.c.sample_size//self.c.patch_size
-            self.cache[h, w, x.device] = position_embedding(self.c.width, h, w, base, self.c.interpolation_scale).to(x.device)
+            base, scale = self.c.sample_size//self.c.patch_size, self.c.interpolation_scale
+            self.cache[h, w, x.device] = position_embedding(self.c.width, h, w, base, scale).to(x.device)
         return x.flatten(2).transpose(1, 2) + self.cache[h, w, x.device].to(x.dtype)    # (B, N, D)
 
 # %% ../nbs/06_transformer.ipynb #3f4aa86a
@@ -92,11 +102,10 @@ def sinusoid(
     dim: int,                    # even number of output channels
     max_period: int = 10_000,    # longest wavelength, over 2 pi
 ) -> torch.Tensor:               # (B, dim) float32: cosines, then sines
-    "A number as waves of geometrically spaced frequencies. Raises ValueError for an odd `dim`, and unless `t` is one number a row."
+    "A number as waves of geometrically spaced frequencies; `ValueError` unless `dim` is even and `t` one number a row."
     require(t.ndim == 1 and dim >= 2 and dim % 2 == 0,
-            lambda: f't has shape {tuple(t.shape)} and dim is {dim}, but they must be (B,) and even: flatten t, and try dim=256.')
-    half = dim // 2
-    freqs = torch.exp(-math.log(max_period)*torch.arange(half, device=t.device, dtype=torch.float32)/half)
+            lambda: f't has shape {tuple(t.shape)} and dim is {dim}, but must be (B,) and even: flatten t, try 256.')
+    freqs = torch.exp(-math.log(max_period)*torch.arange(dim//2, device=t.device, dtype=torch.float32)/(dim//2))
     args = t.float()[:, None]*freqs                                                     # (B, dim/2)
     return torch.cat([args.cos(), args.sin()], dim=-1)                                  # (B, dim)
 
@@ -122,11 +131,10 @@ class ConditionEmbedding(nn.Module):
         self.c = c
     def forward(self, timestep, resolution, aspect_ratio, omega, dtype):
         t = self.timestep_embedder(sinusoid(timestep, 256).to(dtype))                                          # (B, D)
-        B = len(timestep)
         if self.c.use_additional_conditions:
-            r = self.resolution_embedder(sinusoid(resolution.flatten(), 256).to(dtype)).reshape(B, -1)         # (B, 2D/3)
-            a = self.aspect_ratio_embedder(sinusoid(aspect_ratio.flatten(), 256).to(dtype)).reshape(B, -1)     # (B, D/3)
-            t = t + torch.cat([r, a], 1)                                                                       # (B, D)
+            r = self.resolution_embedder(sinusoid(resolution.flatten(), 256).to(dtype))  # (2B, D/3)
+            a = self.aspect_ratio_embedder(sinusoid(aspect_ratio.flatten(), 256).to(dtype))  # (B, D/3)
+            t = t + torch.cat([r.reshape(len(a), -1), a], 1)                                                   # (B, D)
         if self.c.guidance_embed_dim:
             t = t + self.guidance_embedder(sinusoid(omega*1000, self.c.guidance_embed_dim).to(dtype))          # (B, D)
         return t
@@ -153,7 +161,8 @@ class Attention(nn.Module):
     def forward(self, x, context=None, bias=None):                                      # bias: (B, 1, 1, L)
         context = x if context is None else context
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)             # (B, heads, N or L, D/heads)
-        out = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)), attn_mask=bias)
+        q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, heads, N, D/heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))                           # (B, N, D)
 
 # %% ../nbs/06_transformer.ipynb #5f8a2b8c
@@ -162,7 +171,7 @@ def caption_bias(
     dtype: torch.dtype,      # dtype of the attention scores
 ) -> torch.Tensor:           # (B, 1, 1, L): 0 for a word, -10000 for padding
     "Text mask as an additive attention bias, as in diffusers (disagreement 9). Raises ValueError unless it is (B, L)."
-    require(mask.ndim == 2, lambda: f'mask has shape {tuple(mask.shape)} but must be (B, L): pass one row a caption.')
+    _fits('mask', mask, (None, None), 'pass one row a caption')
     return ((1 - mask.to(dtype))*-10_000.)[:, None, None, :]
 
 # %% ../nbs/06_transformer.ipynb #9e079e05
@@ -187,7 +196,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn1, self.attn2, self.ff = Attention(c), Attention(c), FeedForward(c)
         self.scale_shift_table = nn.Parameter(torch.randn(6, c.width)/c.width**.5)      # E of equation (5)
-    def forward(self, x, condition, caption, bias):                                     # (B, N, D), (B, 6D), (B, L, D), (B, 1, 1, L)
+    def forward(self, x, condition, caption, bias):  # (B, N, D), (B, 6D), (B, L, D), (B, 1, 1, L)
         norm = lambda y: F.layer_norm(y, y.shape[-1:], eps=1e-6)
         mod = (self.scale_shift_table + condition.unflatten(1, (6, -1))).unsqueeze(2)   # (B, 6, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)                    # (B, 1, D) each
@@ -204,8 +213,10 @@ def unpatchify(
 ) -> torch.Tensor:           # (B, C, height, width)
     "Tokens back to an image, equation (7). Raises ValueError when the sizes do not fit."
     p = patch_size
-    require(height % p == 0 and width % p == 0 and tokens.ndim == 3 and tokens.shape[1] == height*width//p**2 and tokens.shape[2] % p**2 == 0,
-            lambda: f'tokens has shape {tuple(tokens.shape)} but must be (B, {height}*{width}/{p}², {p}²*C): pass the height and width of the latents.')
+    count, size = (tokens.shape[1:] if tokens.ndim == 3 else (0, 1))
+    require(height % p == 0 and width % p == 0 and count == height*width//p**2 and size % p**2 == 0,
+            lambda: f'tokens has shape {tuple(tokens.shape)} but must be (B, {height}*{width}/{p}², {p}²*C): '
+                    'pass the height and width of the latents.')
     x = tokens.unflatten(1, (height//p, width//p)).unflatten(-1, (p, p, -1))            # (B, h, w, p, p, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height, width)          # (B, C, H, W)
 
@@ -227,12 +238,11 @@ def config_from_dict(values: dict) -> TransformerConfig:
             lambda: f'config.json describes a {name}: choose the folder of a PixArtTransformer2DModel.')
     for key in ('activation_fn', 'attention_bias', 'attention_type', 'norm_elementwise_affine', 'norm_type'):
         require(values.get(key, FIXED[key]) == FIXED[key],
-                lambda: f'config.json has {key} = {values.get(key)!r} but this transformer supports {FIXED[key]!r} only: choose a PixArt checkpoint.')
-    known = {f.name for f in fields(TransformerConfig)}
-    config = TransformerConfig(**{k: v for k, v in values.items() if k in known and v is not None})
+                lambda: f'config.json has {key} = {values.get(key)!r}, not {FIXED[key]!r}: choose a PixArt checkpoint.')
+    names = [f.name for f in fields(TransformerConfig)]
+    config = TransformerConfig(**{name: values[name] for name in names if values.get(name) is not None})
     cross = values.get('cross_attention_dim') or config.width
-    require(cross == config.width,
-            lambda: f'cross_attention_dim is {cross} but must equal the width {config.width}: choose a PixArt checkpoint.')
+    require(cross == config.width, lambda: f'cross_attention_dim is {cross}, not {config.width}: choose a PixArt model.')
     return config
 
 # %% ../nbs/06_transformer.ipynb #61c2af59
@@ -249,31 +259,21 @@ class PixArtLayers(DiffusersFolder, nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, c.width)/c.width**.5)
         self.proj_out = nn.Linear(c.width, c.patch_size**2*c.out_channels)
 
-# %% ../nbs/06_transformer.ipynb #184dbab3
-def check_inputs(c: TransformerConfig, latents, timestep, caption, caption_mask, resolution, aspect_ratio, omega) -> None:
-    "Raises ValueError, in one sentence, when the arguments of `PixArtTransformer.forward` do not fit the config or each other."
-    p, shape = c.patch_size, lambda x: tuple(x.shape)
-    require(latents.ndim == 4 and latents.shape[1] == c.in_channels,
-            lambda: f'latents has shape {shape(latents)} but must be (B, {c.in_channels}, H, W): pass one latent image a row.')
+# %% ../nbs/06_transformer.ipynb #ccad3976
+def check_inputs(c: TransformerConfig, latents, timestep, caption, caption_mask, resolution, aspect_ratio, omega):
+    "`ValueError`, in one sentence, when the arguments of `PixArtTransformer.forward` do not fit config or each other."
+    p, told = c.patch_size, 'this model has micro-conditions, so pass resolution (in pixels) and aspect_ratio'
+    _fits('latents', latents, (None, c.in_channels, None, None), 'pass one latent image a row')
     B, _, H, W = latents.shape
     require(H % p == 0 and W % p == 0 and H*W > 0,
             lambda: f'latents are {H} x {W} but both sides must be multiples of the patch size {p}: crop or pad them.')
-    require(shape(timestep) == (B,),
-            lambda: f'timestep has shape {shape(timestep)} but must be ({B},): pass one time step an image.')
-    require(caption.ndim == 3 and len(caption) == B,
-            lambda: f'caption has shape {shape(caption)} but must be ({B}, L, {c.caption_channels}): pass one encoded caption an image.')
-    require(caption.shape[-1] == c.caption_channels,
-            lambda: f'caption has {caption.shape[-1]} channels but this model reads {c.caption_channels}: use the text encoder it was trained with.')
-    require(caption_mask is None or shape(caption_mask) == shape(caption)[:2],
-            lambda: f'caption_mask must have shape {shape(caption)[:2]}: pass the mask that came with the caption.')
-    if c.use_additional_conditions:
-        require(resolution is not None and aspect_ratio is not None,
-                lambda: f'resolution or aspect_ratio is None but this model has micro-conditions: pass ({B}, 2) pixels and ({B}, 1).')
-        require(resolution.numel() == 2*B and aspect_ratio.numel() == B,
-                lambda: f'resolution and aspect_ratio are {shape(resolution)} and {shape(aspect_ratio)} but must be ({B}, 2) and ({B}, 1): pass one row an image.')
-    if c.guidance_embed_dim:
-        require(omega is not None and shape(omega) == (B,),
-                lambda: f'omega must be a tensor of shape ({B},) since this model embeds its guidance strength: pass one number an image.')
+    _fits('timestep', timestep, (B,), 'pass one time step an image')
+    _fits('caption', caption, (B, None, c.caption_channels), 'pass one caption an image, of the encoder of training')
+    if caption_mask is not None: _fits('caption_mask', caption_mask, caption.shape[:2], 'pass the mask of the caption')
+    if c.use_additional_conditions: _fits('resolution', resolution, (B, 2), told)
+    if c.use_additional_conditions: _fits('aspect_ratio', aspect_ratio, (B, 1), told)
+    if c.guidance_embed_dim: _fits('omega', omega, (B,), 'this model embeds its guidance, so pass one number an image')
+
 
 # %% ../nbs/06_transformer.ipynb #328321b5
 class PixArtTransformer(PixArtLayers):

@@ -172,10 +172,10 @@ def sentence(error, *words):
 
 @pytest.mark.parametrize('change, words', [
     (dict(latents=torch.zeros(3, 4, 16, 15)), ('16 x 15', 'patch size 2')),
-    (dict(latents=torch.zeros(3, 3, 16, 16)), ('(3, 3, 16, 16)', '(B, 4, H, W)')),
+    (dict(latents=torch.zeros(3, 3, 16, 16)), ('(3, 3, 16, 16)', '(any, 4, any, any)')),
     (dict(timestep=torch.tensor(5)), ('timestep', '(3,)')),
-    (dict(caption=torch.zeros(3, 7, 8)), ('8 channels', '24')),
-    (dict(caption=torch.zeros(2, 7, 24)), ('(2, 7, 24)', 'one encoded caption an image')),
+    (dict(caption=torch.zeros(3, 7, 8)), ('(3, 7, 8)', '(3, any, 24)')),
+    (dict(caption=torch.zeros(2, 7, 24)), ('(2, 7, 24)', 'one caption an image')),
     (dict(caption_mask=torch.ones(3, 6)), ('caption_mask', '(3, 7)')),
 ], ids=['odd side', 'channels', 'scalar time', 'caption width', 'caption count', 'mask'])
 def test_bad_input_gets_one_sentence(model, change, words):
