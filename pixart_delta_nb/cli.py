@@ -12,7 +12,7 @@ __all__ = ['Folder', 'Device', 'Resume', 'TensorBoard', 'Bf16', 'Steps', 'BatchS
            'generate', 'precompute', 'distill', 'train_controlnet', 'render', 'train_vae', 'train_text',
            'train_teacher', 'reproduce', 'evaluate', 'train_evaluator', 'train_clip', 'bench', 'main']
 
-# %% ../nbs/16_cli.ipynb #79a774d6
+# %% ../nbs/16_cli.ipynb #fd8acd0f
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -20,7 +20,7 @@ from .console import check_writable, command, main, option
 
 _all_ = ['main']
 
-# %% ../nbs/16_cli.ipynb #324e867b
+# %% ../nbs/16_cli.ipynb #b0c27394
 Folder = option(Path, 'Folder to write to.')
 Device = option(str, 'cpu, cuda or cuda:0.')
 Resume = option(bool, 'Go on from the last checkpoint in --out.', '--resume')
@@ -35,7 +35,7 @@ def log_to(folder):
     from pixart_delta_nb.training import tensorboard_log
     return folder and tensorboard_log(folder)
 
-# %% ../nbs/16_cli.ipynb #d974c816
+# %% ../nbs/16_cli.ipynb #eaf631ad
 PICTURES = '.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp'
 
 def check_picture(path):
@@ -46,7 +46,7 @@ def check_picture(path):
             lambda: f'--out is {path.name}, but its suffix is the format: end it with {", ".join(PICTURES)}.')
     check_writable(path.parent)
 
-# %% ../nbs/16_cli.ipynb #b8f8d836
+# %% ../nbs/16_cli.ipynb #ed565698
 def chosen_pipeline(pipeline, teacher, lora, device):
     "The pipeline that the options of `generate` ask for."
     from pixart_delta_nb.core import require
@@ -66,7 +66,7 @@ def steered(pipe, picture, condition, controlnet, strength, pipeline):
     pipe, control = controlled(pipe, picture, condition, controlnet)
     return pipe, {'control': control, 'conditioning_scale': strength}
 
-# %% ../nbs/16_cli.ipynb #797aeafa
+# %% ../nbs/16_cli.ipynb #7f5ef760
 Caption = Annotated[str, typer.Argument(help='What to draw.')]
 SamplerSteps = option(int | None, 'Of the sampler; 4 for a student and 14 for a teacher if not given.', '--steps')
 Seed = option(int, 'Of the noise, or of the scenes.')
@@ -79,7 +79,7 @@ Control = option(Path | None, 'Picture that says where things go.')
 Condition = option(str, 'What to take from it: edges; or given, if it shows edges already.')
 Strength = option(float, 'Strength of the control.', '--conditioning-scale')
 
-# %% ../nbs/16_cli.ipynb #2de99bc5
+# %% ../nbs/16_cli.ipynb #d4babac4
 @command
 def generate(caption: Caption, steps: SamplerSteps = None, seed: Seed = 0, out: Picture = Path('image.png'),
              teacher: AsTeacher = False, pipeline: Model = None, guidance_scale: Guidance = None, lora: Adapter = None,
@@ -98,7 +98,7 @@ def generate(caption: Caption, steps: SamplerSteps = None, seed: Seed = 0, out: 
     write_atomic(out, lambda path: to_pil(images)[0].save(path, quality=95))
     typer.echo(f'{out}: {images.evaluations} network evaluations, {seconds:.2f} s from caption to image')
 
-# %% ../nbs/16_cli.ipynb #f53fe98d
+# %% ../nbs/16_cli.ipynb #377ad382
 Source = Annotated[str, typer.Argument(help='Folder of captioned pictures, tars, Parquet file or `datasets` folder.')]
 Size = option(int | None, 'Pixels, of a square of the bins\' area; the model\'s own size if not given.')
 ControlKind = option(str | None, 'Store a condition of each picture as well: edges, hard or hed.')
@@ -122,7 +122,7 @@ def precompute(source: Source, pipeline: Model = None, out: Folder = Path('data/
     typer.echo(f"{out}: {found['images']} images, {found['bytes_per_image']:.0f} bytes an image, "
                f"{found['images_per_second']:.1f} images a second, {len(found['skipped'])} skipped")
 
-# %% ../nbs/16_cli.ipynb #aa7ab008
+# %% ../nbs/16_cli.ipynb #1f1822b2
 Teacher = option(str, 'Teacher: pipeline folder or hub id.', '--pipeline')
 Latents = option(Path, 'D_z: the folder or file of `precompute`.')
 Distilled = option(float, 's of the guidance to distil; the ω of Algorithm 1 is s - 1.', '--guidance-scale')
@@ -139,14 +139,14 @@ def distill(pipeline: Teacher = 'runs/teacher/pipeline', latents: Latents = Path
     "Algorithm 1: a teacher and D_z to a student of few steps, in OUT/pipeline."
     check_writable(out)
     from pixart_delta_nb import stages
-    options = dict(lr=lr, mu=mu, omega=guidance_scale - 1, batch_size=batch_size, clip=1.,
-                   resume=resume, device=device, log=log_to(tensorboard))
-    if lora: stages.distill_lora(pipeline, latents, out, steps, rank, **options)
-    else: stages.distill(pipeline, latents, out, steps, average=.99, **options)
-    typer.echo(f'{out}/{"lora" if lora else "pipeline"}')
+    options = dict(lr=lr, mu=mu, guidance_scale=guidance_scale, batch_size=batch_size, clip=1., resume=resume,
+                   device=device, log=log_to(tensorboard))
+    if lora: made = stages.distill_lora(pipeline, latents, out, steps, rank, **options)
+    else: made = stages.distill(pipeline, latents, out, steps, average=.99, **options)
+    typer.echo(made)
 
-# %% ../nbs/16_cli.ipynb #7430d1a8
-Kind = option(str, 'edges, hard, depth or segmentation.')
+# %% ../nbs/16_cli.ipynb #287f4107
+Kind = option(str | None, 'edges, hard, depth or segmentation; that of D_z if not given.', '--condition')
 Copies = option(int, 'Blocks to copy, N.')
 Entry = option(str, 'report or released.')
 Wiring = option(str, 'transformer or unet.')
@@ -155,7 +155,7 @@ Shown = option(Path | None, 'Folder of `render` behind D_z, whose scenes give th
 @command
 def train_controlnet(pipeline: Teacher = 'runs/teacher/pipeline',
                      latents: Latents = Path('runs/teacher/latents.safetensors'), out: Folder = Path('runs/controlnet'),
-                     steps: Steps = 1000, batch_size: BatchSize = 32, condition: Kind = 'edges', data: Shown = None,
+                     steps: Steps = 1000, batch_size: BatchSize = 32, condition: Kind = None, data: Shown = None,
                      copies: Copies = 7, entry: Entry = 'report', wiring: Wiring = 'transformer', bf16: Bf16 = False,
                      resume: Resume = False, device: Device = 'cpu', tensorboard: TensorBoard = None):
     "Train a ControlNet around a frozen teacher; writes OUT/controlnet."
@@ -164,13 +164,12 @@ def train_controlnet(pipeline: Teacher = 'runs/teacher/pipeline',
     pictures = None
     if data:
         from pixart_delta_nb.world.recipes import condition_pictures
-        pictures = condition_pictures(data, condition)
-    stages.train_control(pipeline, latents, out, steps, condition=condition, control=pictures, copies=copies,
-                         entry=entry, wiring=wiring, batch_size=batch_size, resume=resume, device=device, bf16=bf16,
-                         log=log_to(tensorboard))
-    typer.echo(f'{out}/controlnet')
+        pictures = condition_pictures(data, condition or 'edges')
+    options = dict(entry=entry, wiring=wiring, batch_size=batch_size, resume=resume, bf16=bf16, log=log_to(tensorboard))
+    made = stages.train_control(pipeline, latents, out, pictures, condition, steps, copies, device, **options)
+    typer.echo(made)
 
-# %% ../nbs/16_cli.ipynb #e358667a
+# %% ../nbs/16_cli.ipynb #77f6214f
 Data = option(Path, 'Folder of `render`, or of captioned pictures.')
 Scenes = option(int, 'Scenes to render.')
 DecoderOf = option(Path | None, 'Autoencoder whose decoder to train further.')
@@ -192,7 +191,7 @@ def train_vae(data: Data = Path('data/scenes'), out: Folder = Path('runs/vae'), 
     options = dict(resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
     typer.echo(make_vae(data, out, steps, decoder_of, **options))
 
-# %% ../nbs/16_cli.ipynb #905e760a
+# %% ../nbs/16_cli.ipynb #52ac6cbd
 @command
 def train_text(data: Data = Path('data/scenes'), out: Folder = Path('runs/text'), steps: Steps = 400,
                resume: Resume = False):
@@ -216,7 +215,7 @@ def train_teacher(data: Data = Path('data/scenes'), vae: Vae = Path('runs/vae'),
     options = dict(resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
     typer.echo(make_teacher(data, vae, text, out, steps, start, **options))
 
-# %% ../nbs/16_cli.ipynb #18b87f64
+# %% ../nbs/16_cli.ipynb #74dcac30
 Results = option(Path | None, 'Folder to write to; out/reproduce, or results for a figure, if not given.', '--out')
 Images = option(int, 'Images a method; 2048 for a Fréchet distance to quote.')
 Name = option(str | None, 'One figure or table, such as 2, table1 or peers; all: those that are missing.', '--figure')
@@ -238,7 +237,7 @@ def reproduce(out: Results = None, images: Images = 256, figure: Name = None, fr
     speed = '\n'.join(map(report.tell_speed, found['speed']))
     typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}\n{speed}\n{out}/report.html')
 
-# %% ../nbs/16_cli.ipynb #5a1fdbee
+# %% ../nbs/16_cli.ipynb #ee02e1da
 TeacherFolder = option(Path | None, 'Pipeline folder; the shipped one if not given.')
 StudentFolder = option(Path | None, 'Transformer folder of the student.')
 Public = option(bool, 'FID and KID with Inception, and the CLIP of the literature; fetches both.', '--public')
@@ -256,7 +255,7 @@ def evaluate(teacher: TeacherFolder = None, student: StudentFolder = None, out: 
     found = report.reproduce(out, images, kit.open_kit(teacher, student or 'shipped', public), command, chosen)
     typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}')
 
-# %% ../nbs/16_cli.ipynb #2f95eadc
+# %% ../nbs/16_cli.ipynb #9ca57e56
 @command
 def train_evaluator(out: Folder = Path('runs/evaluator')):
     "Render scenes for the judge alone, train it, and print its accuracy on held-out renders."
@@ -273,7 +272,7 @@ def train_clip(out: Folder = Path('runs/clip'), steps: Steps = 500, scenes: Scen
     _, accuracy = train(out, scenes, steps, bf16=bf16, resume=resume)
     typer.echo(f'{out}/clip: finds {accuracy:.3f} of the captions of held-out renders among 32')
 
-# %% ../nbs/16_cli.ipynb #19bd5c28
+# %% ../nbs/16_cli.ipynb #7b56cabb
 Weights = option(str, 'random, or a pipeline folder.')
 Precision = option(str | None, 'float32, bfloat16 or float16; what suits the device if not given.')
 Compiled = option(bool, 'torch.compile the transformer.', '--compile')

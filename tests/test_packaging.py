@@ -102,3 +102,9 @@ def test_the_commands_of_the_readme_are_those_that_continuous_integration_runs()
     assert "pip install -c constraints.txt -e '.[dev]' && pytest" in (ROOT/'README.md').read_text(encoding='utf-8')
     script = (ROOT/'.ci/run').read_text()
     assert "pip install -q -c constraints.txt -e '.[dev]'" in script and '\npytest -q' in script
+
+
+def test_the_readme_links_every_notebook():
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    notebooks = [p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
+    assert [str(p) for p in notebooks if f']({p})' not in text] == []
