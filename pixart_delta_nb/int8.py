@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['T5_XXL', 'SD_VAE', 'FLOATS', 'quantise_absmax', 'product_error', 'int_product', 'Int8Linear', 'quantise',
            'load_8bit_encoder', 'paper_part', 'weight_bytes', 'tensor_bytes', 'LiveBytes', 'imagined',
-           'activation_bytes', 'peak_memory', 'StoredCaptions', 'low_memory_pipeline', 'lcd_peak', 'training_ledger']
+           'activation_bytes', 'stage_peaks', 'StoredCaptions', 'low_memory_pipeline', 'lcd_peak', 'training_ledger']
 
 # %% ../nbs/12_int8.ipynb #810e0327
-import contextlib, gc, weakref
+import contextlib, gc, logging, weakref
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-import torch, torch.nn.functional as F
+
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .core import require
-from .folders import variant_of
-from .pipeline import load_transformer
-from .text import read_tokenizer
-from .folders import load_part, no_bars
-from .pipeline import Pipeline, open_folder
-from .schedules import alpha_bar_of
-from .text import encode_captions
+
+from .core import as_dtype, require
+from .folders import autoencoder_class, load_part, no_bars, text_encoder_class, variant_of
+from .hub import open_folder
+from .pipeline import Pipeline
+from .text import encode_captions, read_tokenizer
 from .transformer import PixArtTransformer, TransformerConfig
 
 # %% ../nbs/12_int8.ipynb #38ee5c54
@@ -94,14 +94,15 @@ def quantise(
 def load_8bit_encoder(
     folder: str | Path, # of a saved T5EncoderModel
     device: str = 'cpu',
-    dtype=torch.bfloat16, # of everything that is not int8; float16 would keep T5's wo in float32
+    dtype: torch.dtype | str = torch.bfloat16, # of everything that is not int8; float16 would keep T5's wo in float32
 ) -> nn.Module:
     "A text encoder quantised by bitsandbytes while it is loaded; `ValueError` where bitsandbytes is not installed."
     require(find_spec('bitsandbytes') is not None, 'bitsandbytes is not installed, but 8-bit loading needs it: pip install bitsandbytes.')
-    from transformers import BitsAndBytesConfig, T5EncoderModel
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)        # it warns of an optional kernel when it is imported
+    from transformers import BitsAndBytesConfig
+    options = {'local_files_only': True, 'variant': variant_of(folder), 'dtype': as_dtype(dtype), 'device_map': {'': device}}
     with no_bars():
-        return T5EncoderModel.from_pretrained(folder, local_files_only=True, variant=variant_of(folder), dtype=dtype, device_map={'': device},
-                                              quantization_config=BitsAndBytesConfig(load_in_8bit=True)).eval()
+        return text_encoder_class().from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True), **options).eval()
 
 # %% ../nbs/12_int8.ipynb #0025d3a2
 T5_XXL = dict(vocab_size=32128, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24, feed_forward_proj='gated-gelu',
@@ -114,9 +115,8 @@ def paper_part(
     resolution: int = 1024, # pixels a side, for the transformer
 ) -> nn.Module: # initialised on torch's current device, so build it under torch.device('meta')
     "A part of PixArt at the report's scale, from its config alone."
-    from diffusers import AutoencoderKL
-    from transformers import T5Config, T5EncoderModel
-    make = {'text_encoder': lambda: T5EncoderModel(T5Config(**T5_XXL)), 'vae': lambda: AutoencoderKL(**SD_VAE),
+    from transformers import T5Config
+    make = {'text_encoder': lambda: text_encoder_class()(T5Config(**T5_XXL)), 'vae': lambda: autoencoder_class()(**SD_VAE),
             'transformer': lambda: PixArtTransformer(TransformerConfig(sample_size=resolution//8))}
     require(name in make, lambda: f'{name!r} is no part of the pipeline: choose {", ".join(make)}.')
     return make[name]().eval()
@@ -182,12 +182,12 @@ def imagined(dtype=torch.float32):
     finally: torch.set_default_dtype(before)
 
 # %% ../nbs/12_int8.ipynb #2ae75301
-def _inputs(config, batch, tokens=120, dtype=None):
+def _inputs(config, batch_size, tokens=120, dtype=None):
     "Arguments of a transformer call for a ledger: zeros of the right shapes."
     side, extra = config.sample_size, {}
-    if config.use_additional_conditions: extra = {'resolution': torch.zeros(batch, 2), 'aspect_ratio': torch.zeros(batch, 1)}
-    return (torch.zeros(batch, config.in_channels, side, side, dtype=dtype), torch.zeros(batch, dtype=torch.long),
-            torch.zeros(batch, tokens, config.caption_channels, dtype=dtype), torch.ones(batch, tokens)), extra
+    if config.use_additional_conditions: extra = {'resolution': torch.zeros(batch_size, 2), 'aspect_ratio': torch.zeros(batch_size, 1)}
+    return (torch.zeros(batch_size, config.in_channels, side, side, dtype=dtype), torch.zeros(batch_size, dtype=torch.long),
+            torch.zeros(batch_size, tokens, config.caption_channels, dtype=dtype), torch.ones(batch_size, tokens)), extra
 
 def activation_bytes(
     resolution: int = 1024, # pixels a side
@@ -207,7 +207,7 @@ def activation_bytes(
     return found
 
 # %% ../nbs/12_int8.ipynb #8e75f114
-def peak_memory(
+def stage_peaks(
     weights: dict, # part -> bytes
     activations: dict, # part -> bytes
     free: bool = False, # whether the text encoder goes before the others come
@@ -243,23 +243,22 @@ def low_memory_pipeline(
     folder: str | Path | None = None, # of a saved PixArtAlphaPipeline, or a hub id; the shipped teacher if None
     student: str | Path | None = None, # folder of a distilled transformer, or 'shipped'
     device: str = 'cpu',
-    dtype=torch.bfloat16, # of everything that is not int8; float16 would keep T5's wo in float32
+    dtype: torch.dtype | str = torch.bfloat16, # of everything that is not int8; float16 would keep T5's wo in float32
 ) -> Pipeline: # as of `load_pipeline`, with stored captions in place of the text encoder
     "The report's 8 GB arrangement: text encoder in 8 bits, encode, free it, then load the rest. `ValueError` as in `load_pipeline`."
-    from diffusers import AutoencoderKL
-    folder, student, config = open_folder(folder, student)
-    tokenizer = read_tokenizer(folder/'tokenizer')
-    stored = StoredCaptions(tokenizer, load_8bit_encoder(folder/'text_encoder', device, dtype), captions)
+    opened = open_folder(folder, student)
+    tokenizer = read_tokenizer(opened.path/'tokenizer')
+    stored = StoredCaptions(tokenizer, load_8bit_encoder(opened.path/'text_encoder', device, dtype), captions)
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    vae = load_part(AutoencoderKL, folder/'vae', dtype).to(device)
-    transformer = load_transformer(student or folder/'transformer', dtype).to(device)
-    return Pipeline(vae, tokenizer, stored, transformer, alpha_bar_of(config['betas']), vae.config.scaling_factor, config)
+    vae = load_part(autoencoder_class(), opened.path/'vae', dtype).to(device)
+    transformer = PixArtTransformer.from_pretrained(opened.transformer, dtype).to(device)
+    return Pipeline(vae, tokenizer, stored, transformer, opened.alpha_bar, opened.scaling_factor, opened.config)
 
 # %% ../nbs/12_int8.ipynb #e7285beb
 def lcd_peak(
     config: TransformerConfig, # of student, target and teacher
-    batch: int, # images a device
+    batch_size: int, # images a device
     checkpointing: bool = True, # recompute each block in the backward pass
 ) -> int: # bytes beyond weights and optimiser: gradients, and activations at their worst
     "Peak of one step of Algorithm 1, products in bfloat16, from a run on tensors without content."
@@ -268,7 +267,7 @@ def lcd_peak(
         student, target, teacher = (PixArtTransformer(config).requires_grad_(learns) for learns in (True, False, False))
         if checkpointing:
             for block in student.transformer_blocks: block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        (args, extra), (both, more) = _inputs(config, batch), _inputs(config, 2*batch)
+        (args, extra), (both, more) = _inputs(config, batch_size), _inputs(config, 2*batch_size)
         with LiveBytes() as live, torch.autocast('cpu', torch.bfloat16):
             with torch.no_grad(): teacher(*both, **more); goal = target(*args, **extra).float()
             loss = (student(*args, **extra).float() - goal).square().mean()
@@ -278,10 +277,10 @@ def lcd_peak(
 # %% ../nbs/12_int8.ipynb #4e080393
 def training_ledger(
     config: TransformerConfig,
-    batch: int, # images a device
+    batch_size: int, # images a device
     moments: int = 8, # bytes a parameter of the optimiser: 8 for AdamW, 2 for 8-bit AdamW
     checkpointing: bool = True, # as in `lcd_peak`
 ) -> dict: # entry -> bytes; their sum is the peak
     "Equation (8) on one device: weights by count, gradients and activations by `lcd_peak`."
     with torch.device('meta'): P = sum(p.numel() for p in PixArtTransformer(config).parameters())
-    return {'student': 4*P, 'EMA target': 4*P, 'teacher': 2*P, 'moments': moments*P, 'gradients, activations': lcd_peak(config, batch, checkpointing)}
+    return {'student': 4*P, 'EMA target': 4*P, 'teacher': 2*P, 'moments': moments*P, 'gradients, activations': lcd_peak(config, batch_size, checkpointing)}
