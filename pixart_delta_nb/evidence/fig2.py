@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'BATCHES', 'KNOWN', 'FIGURE', 'run_fig2', 'draw_fig2', 'tell_fig2']
 
-# %% ../../nbs/evidence/fig2.ipynb #76cdde0c
+# %% ../../nbs/evidence/fig2.ipynb #360eb6b5
 import dataclasses, itertools, statistics
 from pathlib import Path
 from ..core import progress
@@ -16,7 +16,7 @@ from ..plots import PALETTE, use_style
 from ..sampling import decode, sample_student
 from ..world.recipes import scene_data
 
-# %% ../../nbs/evidence/fig2.ipynb #634ee310
+# %% ../../nbs/evidence/fig2.ipynb #3079b121
 VARIANTS = {'ω = 3.5': {'omega': 3.5}, 'ω = 4.5': {'omega': 4.5}, 'ω embedded': {'omega': (2., 6.), 'embed': 64}}
 BATCHES = {4: (0, 1, 2), 64: (0,)}                                              # batch size: seeds of its runs
 
@@ -27,7 +27,7 @@ def _grades(kit, network, paper, steps, told):
         latents = sample_student(pipe, paper['captions'], few, guidance_scale=4.5 if told else None)
         yield {'steps': few} | grade(kit, decode(pipe, latents), paper)
 
-# %% ../../nbs/evidence/fig2.ipynb #d9094bf9
+# %% ../../nbs/evidence/fig2.ipynb #9df55c7f
 @measured('2')
 def run_fig2(
     kit: Kit,
@@ -54,7 +54,7 @@ def run_fig2(
     return {'images': images, 'scenes': len(data.z), 'settings': told, 'rows': rows,
             'seeds': {'captions': seed, 'renders': seed + 1, **seeds}}
 
-# %% ../../nbs/evidence/fig2.ipynb #7ec4fd4b
+# %% ../../nbs/evidence/fig2.ipynb #97757db3
 def _over_runs(rows, value):
     "Mean of a score over the seeds of a run, and its interval; None for a single seed."
     values = {r['seed']: r[value] for r in rows}
@@ -73,7 +73,7 @@ def _curves(ax, rows, value):
     ax.set_xscale('symlog', linthresh=max(marks[0], marks[min(1, len(marks) - 1)], 1))
     ax.set_xticks(marks, marks); ax.minorticks_off()
 
-# %% ../../nbs/evidence/fig2.ipynb #e2036897
+# %% ../../nbs/evidence/fig2.ipynb #6eaed215
 KNOWN = {'frechet_imagenet': 'Fréchet, ImageNet', 'clip': 'CLIP score', 'accuracy': 'attribute accuracy'}
 
 def draw_fig2(found: dict): # of `run_fig2`
@@ -94,7 +94,7 @@ def draw_fig2(found: dict): # of `run_fig2`
     axes[0, 0].legend()
     return fig
 
-# %% ../../nbs/evidence/fig2.ipynb #ee75002e
+# %% ../../nbs/evidence/fig2.ipynb #11585888
 def _ends(rows):
     "(mean, interval) of the Fréchet distance at the last iteration, for each (batch, steps, variant)."
     score = 'frechet_imagenet' if 'frechet_imagenet' in rows[0] else 'frechet'
@@ -104,15 +104,15 @@ def _ends(rows):
     return {case: _over_runs(own, score) for case, own in cases.items()}
 
 def _best(here):
-    "Which variant ends best, and whether the others' means lie inside its interval; here: variant: (mean, interval)."
+    "Which variant ends best, and whose interval overlaps its own; here: variant: (mean, interval)."
     best = min(here, key=lambda name: here[name][0])
     mean, band = here[best]
     if not band: return f'{mean:.1f} with {best} is the smallest; one seed, so no interval.'
-    equal = [name for name, (other, _) in here.items() if name != best and other <= band[1]]
+    equal = [name for name, (_, other) in here.items() if name != best and other[0] <= band[1]]
     return (f'{mean:.1f} with {best} is the smallest, 95 % interval over seeds [{band[0]:.1f}, {band[1]:.1f}]' +
             (f', which that of {" and ".join(equal)} overlaps.' if equal else ', apart from the others.'))
 
-# %% ../../nbs/evidence/fig2.ipynb #0d1db728
+# %% ../../nbs/evidence/fig2.ipynb #ccc0c318
 def _statements(ends):
     "The report's two statements on Fig. 2, counted over the cases here."
     sizes, text, groups = sorted({b for b, _, _ in ends}), [], {}
