@@ -5,52 +5,64 @@
 # %% auto #0
 __all__ = ['train_clip']
 
-# %% ../../nbs/evidence/clip_training.ipynb #9f2ba9d7
+# %% ../../nbs/evidence/clip_training.ipynb #fe47022a
 from pathlib import Path
 import torch
 from ..core import load_tensors, require, save_tensors
-from .clip import build_clip, contrastive_loss, retrieval_accuracy, save_clip
-from .judge import augment
 from ..optimisers import bfloat16_products, optimisers, warm_constant_decay
 from ..training import train
+from .clip import build_clip, contrastive_loss, retrieval_accuracy, save_clip
+from .judge import augment
 from ..world.scenes import render_many
 from ..world.words import make
 
-# %% ../../nbs/evidence/clip_training.ipynb #e2592627
-def _renders(out, seed, count, workers, progress=True):
-    "Pictures (count, 3, 128, 128) uint8 and captions of data set `seed`, read from `out` if an earlier run left them there."
+# %% ../../nbs/evidence/clip_training.ipynb #dd814e7b
+def _renders(out, seed, count, workers, progress):
+    "Pictures (count, 3, 128, 128) uint8 and captions of data set `seed`, from `out` if an earlier run left them there."
     path = Path(out)/f'renders-{seed}-{count}.safetensors'
     if not path.is_file(): save_tensors(path, {'images': render_many(seed, count, workers, 'any', progress=progress)})
     return load_tensors(path)['images'], [make(seed, i, 'any')[1] for i in range(count)]
 
-# %% ../../nbs/evidence/clip_training.ipynb #355428bd
-def train_clip(out: str | Path, # folder of checkpoint and renders; the result lies in out/clip
-               count: int = 6000, # renders of data set 17
-               steps: int = 500, # updates
-               batch: int = 96, # pairs an update
-               held_out: int = 512, # renders of data set 18, for the retrieval accuracy
-               seed: int = 17, # of weights, batches and disturbances
-               bf16: bool = False, # matrix products in bfloat16
-               workers: int = 2, # rendering processes
-               **options, # of `training.train`, such as resume
-              ) -> tuple: # Clip, and its retrieval accuracy (1 of 32) on the held-out renders
-    "Render, train, test and save a CLIP of the workshop's scenes (equation 3)."
-    require(count >= batch > 1, lambda: f'count is {count} and batch {batch}; a batch of at least 2 pairs is drawn without repetition, so lower batch.')
-    shown = options.get('progress') is not False
-    images, captions = _renders(out, seed, count, workers, shown)
-    generator = torch.Generator().manual_seed(seed)
+def _fresh(captions, seed):
+    "A CLIP with random weights of this seed."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = build_clip(captions)
+        return build_clip(captions)
+
+# %% ../../nbs/evidence/clip_training.ipynb #7d3e02bc
+def train_clip(
+    out: str | Path, # folder of checkpoint and renders; the result lies in out/clip
+    count: int = 6000, # renders of data set 17
+    steps: int = 500, # updates
+    batch_size: int = 96, # pairs an update
+    held_out: int = 512, # renders of data set 18, for the retrieval accuracy
+    seed: int = 17, # of weights, batches and disturbances
+    bf16: bool = False, # matrix products in bfloat16
+    workers: int | None = None, # rendering processes, as of `render_many`
+    **options, # of `training.train`, such as resume
+) -> tuple: # Clip, and its retrieval accuracy (1 of 32) on the held-out renders
+    "Render, train, test and save a CLIP of the workshop's scenes; `ValueError` for a batch of one or of too many."
+    require(count >= batch_size > 1, lambda: f'count is {count} and batch_size {batch_size}; a batch of at least 2 pairs '
+                                             'is drawn without repetition, so lower batch_size.')
+    shown = options.get('progress')
+    images, captions = _renders(out, seed, count, workers, shown)
+    clip, generator = _fresh(captions, seed), torch.Generator().manual_seed(seed)
     def step_fn(step, steps):
-        i = torch.randperm(count, generator=generator)[:batch]
+        i = torch.randperm(count, generator=generator)[:batch_size]
         x = augment(images[i].float()/255, generator)                           # (B, 3, 128, 128)
-        with bfloat16_products('cpu', bf16): u, v = clip.embed_images(x), clip.embed_captions([captions[j] for j in i.tolist()])
+        with bfloat16_products('cpu', bf16):
+            u, v = clip.embed_images(x), clip.embed_captions([captions[j] for j in i.tolist()])
         return contrastive_loss(u.float(), v.float(), clip.model.logit_scale.exp().clamp(max=100))
     state = {'clip': clip.model.train(), 'generator': generator} | optimisers(
         clip.model, lambda name, p: p.ndim == 2 and 'encoder.layers' in name, dtype=torch.bfloat16 if bf16 else None)
-    train(step_fn, state, steps, out, schedule=warm_constant_decay(50, .3, .01), clip=1., config={'batch': batch, 'seed': seed, 'bf16': bf16, 'count': count}, **options)
+    config = {'batch_size': batch_size, 'seed': seed, 'bf16': bf16, 'count': count}
+    train(step_fn, state, steps, out, schedule=warm_constant_decay(50, .3, .01), clip=1., config=config, **options)
     clip.model.eval()
-    accuracy = retrieval_accuracy(clip, *_renders(out, 18, held_out, workers, shown))
-    save_clip(clip, Path(out)/'clip', model='workshop CLIP', retrieval_accuracy=accuracy, group=32, held_out=held_out, scenes=count, steps=steps, batch=batch, seed=seed)
-    return clip, accuracy
+    return clip, _tested(clip, out, held_out, workers, shown, scenes=count, steps=steps, batch=batch_size, seed=seed)
+
+def _tested(clip, out, held_out, workers, progress, **facts):
+    "The retrieval accuracy on held-out renders, saved with the network."
+    accuracy = retrieval_accuracy(clip, *_renders(out, 18, held_out, workers, progress))
+    facts = {'model': 'workshop CLIP', 'retrieval_accuracy': accuracy, 'group': 32, 'held_out': held_out} | facts
+    save_clip(clip, Path(out)/'clip', **facts)
+    return accuracy

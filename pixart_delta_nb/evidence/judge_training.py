@@ -5,26 +5,29 @@
 # %% auto #0
 __all__ = ['evaluator_loss', 'train_evaluator', 'make_evaluator']
 
-# %% ../../nbs/evidence/judge_training.ipynb #d0578608
+# %% ../../nbs/evidence/judge_training.ipynb #6e94baaf
 import time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ..core import require
+from ..core import progress, require
+from ..optimisers import Muon
 from .judge import Evaluator, attribute_accuracy, augment, mirror_labels, save_evaluator
 from ..world.scenes import render_many
 from ..world.words import ATTRIBUTES, attributes, make
 
-# %% ../../nbs/evidence/judge_training.ipynb #33097781
-def evaluator_loss(logits, labels): # A tensors (B, classes); (B, A) with -1 ignored
-    "Cross-entropy averaged over the known labels, equation (1): a scalar."
+# %% ../../nbs/evidence/judge_training.ipynb #07b018c6
+def evaluator_loss(
+    logits: list, # A tensors (B, classes)
+    labels: torch.Tensor, # (B, A), -1 is ignored
+) -> torch.Tensor: # scalar
+    "Cross-entropy averaged over the known labels, equation (1)."
     losses = [F.cross_entropy(l, labels[:, a], ignore_index=-1, reduction='sum') for a, l in enumerate(logits)]
     return torch.stack(losses).sum()/(labels >= 0).sum().clamp_min(1)
 
-# %% ../../nbs/evidence/judge_training.ipynb #1e122399
+# %% ../../nbs/evidence/judge_training.ipynb #a6c830e9
 def _optimisers(model, lr):
     "Muon for the matrices of the body, AdamW for the rest, each with its base rate."
-    from pixart_delta_nb.optimisers import Muon
     named = list(model.named_parameters())
     matrices = [p for n, p in named if p.ndim > 1 and 'heads' not in n]
     rest = [p for n, p in named if p.ndim == 1 or 'heads' in n]
@@ -41,15 +44,27 @@ def _step(model, optimisers, images, labels, scale, generator):
         o.step(); o.zero_grad()
     return loss.item()
 
-# %% ../../nbs/evidence/judge_training.ipynb #7881de6c
-def train_evaluator(images: torch.Tensor, # uint8 (N, 3, 128, 128)
-                    labels: torch.Tensor, # (N, A) class indices, -1 where unknown
-                    steps: int, # updates
-                    seed: int = 7, # of the weights, the order and the disturbances
-                    batch: int = 64, # images an update
-                    lr: float = 2e-2, # peak rate of Muon
-                    log=None, # called with (step, loss) every 50 steps
-                   ) -> Evaluator: # in evaluation mode
+# %% ../../nbs/evidence/judge_training.ipynb #917eeee6
+def _check_training(images, labels, steps):
+    "The rules of `train_evaluator`."
+    require(images.dtype == torch.uint8 and images.shape[1:] == (3, 128, 128) and len(images) > 0,
+            lambda: f'images are {images.dtype} {tuple(images.shape)}; the evaluator trains on uint8 (N, 3, 128, 128), '
+                    'so render at size 128.')
+    require(labels.shape == (len(images), len(ATTRIBUTES)),
+            lambda: f'labels have shape {tuple(labels.shape)}; they need one row an image and {len(ATTRIBUTES)} '
+                    'columns, so stack words.attributes.')
+    require(steps >= 1, lambda: f'steps is {steps}; training needs at least one, so pass steps=700.')
+
+# %% ../../nbs/evidence/judge_training.ipynb #74f61a59
+def train_evaluator(
+    images: torch.Tensor, # uint8 (N, 3, 128, 128)
+    labels: torch.Tensor, # (N, A) class indices, -1 where unknown
+    steps: int, # updates
+    seed: int = 7, # of the weights, the order and the disturbances
+    batch_size: int = 64, # images an update
+    lr: float = 2e-2, # peak rate of Muon
+    log=None, # called with (step, loss) every 50 steps
+) -> Evaluator: # in evaluation mode
     "Train an evaluator from nothing; `ValueError` on wrong images, labels or steps."
     _check_training(images, labels, steps)
     with torch.random.fork_rng():
@@ -57,38 +72,33 @@ def train_evaluator(images: torch.Tensor, # uint8 (N, 3, 128, 128)
         model = Evaluator().to(memory_format=torch.channels_last)
     g, optimisers = torch.Generator().manual_seed(seed), _optimisers(model, lr)
     order = torch.randperm(len(images), generator=g)
-    for step in range(steps):
-        at = torch.arange(step*batch, (step + 1)*batch) % len(images)
+    for step in progress(range(steps), desc='evaluator'):
+        at = torch.arange(step*batch_size, (step + 1)*batch_size) % len(images)
         if step and at.min() == 0: order = torch.randperm(len(images), generator=g)   # a new pass over the data
         scale = min(1, (step + 1)/20)*(1 - step/steps)
         loss = _step(model, optimisers, images[order[at]].float()/255, labels[order[at]], scale, g)
         if log and step % 50 == 0: log(step, loss)
     return model.eval()
 
-# %% ../../nbs/evidence/judge_training.ipynb #86251b30
-def _check_training(images, labels, steps):
-    "The rules of `train_evaluator`."
-    require(images.dtype == torch.uint8 and images.shape[1:] == (3, 128, 128) and len(images) > 0,
-            lambda: f'images are {images.dtype} {tuple(images.shape)}; the evaluator trains on uint8 (N, 3, 128, 128), so render at size 128.')
-    require(labels.shape == (len(images), len(ATTRIBUTES)),
-            lambda: f'labels have shape {tuple(labels.shape)}; they need one row an image and {len(ATTRIBUTES)} columns, so stack scenes.attributes.')
-    require(steps >= 1, lambda: f'steps is {steps}; training needs at least one, so pass steps=700.')
+# %% ../../nbs/evidence/judge_training.ipynb #948cc930
+def _labelled(seed, count, workers):
+    "Renders (count, 3, 128, 128) of data set `seed` and their attributes, of all pairs of colour and shape."
+    labels = torch.stack([attributes(make(seed, i, 'any')[0]) for i in range(count)])
+    return render_many(seed, count, workers, 'any'), labels
 
-# %% ../../nbs/evidence/judge_training.ipynb #a20ffbc8
-def make_evaluator(folder: str | Path, # where to save
-                   count: int = 8000, # training scenes, of data set 7
-                   steps: int = 700, # updates
-                   held_out: int = 1000, # test scenes, of data set 8
-                   workers: int = 2, # rendering processes
-                   log=None, # called with (step, loss)
-                  ) -> dict: # accuracy on the held-out scenes
+def make_evaluator(
+    folder: str | Path, # where to save
+    count: int = 8000, # training scenes, of data set 7
+    steps: int = 700, # updates
+    held_out: int = 1000, # test scenes, of data set 8
+    workers: int | None = None, # rendering processes, as of `render_many`
+    log=None, # called with (step, loss)
+) -> dict: # accuracy on the held-out scenes
     "Render, train, test and save an evaluator: about seven minutes on two cores."
-    started, data = time.time(), {}
-    for seed, n in ((7, count), (8, held_out)):
-        data[seed] = (render_many(seed, n, workers, 'any', progress=log is not None),
-                      torch.stack([attributes(make(seed, i, 'any')[0]) for i in range(n)]))
-    model = train_evaluator(*data[7], steps, log=log).half().float()
-    accuracy = attribute_accuracy(model, *data[8])
-    save_evaluator(model, folder, {'accuracy': accuracy, 'held_out': f'{held_out} renders, seed 8, pairs any', 'seed': '7',
-                                   'scenes': str(count), 'steps': str(steps), 'seconds': f'{time.time() - started:.0f}'})
+    started = time.time()
+    model = train_evaluator(*_labelled(7, count, workers), steps, log=log).half().float()
+    accuracy = attribute_accuracy(model, *_labelled(8, held_out, workers))
+    facts = {'seed': '7', 'scenes': str(count), 'steps': str(steps), 'seconds': f'{time.time() - started:.0f}'}
+    held = f'{held_out} renders, seed 8, pairs any'
+    save_evaluator(model, folder, {'accuracy': accuracy, 'held_out': held, **facts})
     return accuracy

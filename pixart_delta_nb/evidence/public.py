@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['public_clip', 'InceptionFeatures', 'inception_features']
 
-# %% ../../nbs/evidence/public.ipynb #519ead64
+# %% ../../nbs/evidence/public.ipynb #f594b1b0
 import torch.nn as nn
 from ..core import require
-from .clip import Clip
 from ..folders import no_bars
+from .clip import Clip
 
-# %% ../../nbs/evidence/public.ipynb #b7701ef6
-def public_clip(name: str = 'openai/clip-vit-base-patch16', # on the hub, or a local folder
-               ) -> Clip: # frozen, in evaluation mode
+# %% ../../nbs/evidence/public.ipynb #756c3966
+def public_clip(
+    name: str = 'openai/clip-vit-base-patch16', # on the hub, or a local folder
+) -> Clip: # frozen, in evaluation mode
     "A public CLIP for `clip_score`; `ValueError` if it can neither be found nor fetched."
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
     try:
@@ -21,8 +22,10 @@ def public_clip(name: str = 'openai/clip-vit-base-patch16', # on the hub, or a l
         tokenizer, image = CLIPTokenizer.from_pretrained(name), CLIPImageProcessorPil.from_pretrained(name)
     except Exception as error: reason = type(error).__name__
     else: return Clip(model.eval().requires_grad_(False), tokenizer, tuple(image.image_mean), tuple(image.image_std))
-    require(False, lambda: f'{name} could not be fetched ({reason}); it needs a network connection or a local folder, so use load_clip() without one.')
+    require(False, lambda: f'{name} could not be fetched ({reason}); it needs a network connection or a local folder, '
+                           'so use load_clip() without one.')
 
+# %% ../../nbs/evidence/public.ipynb #7a9ea5de
 class InceptionFeatures(nn.Module):
     "Inception v3 up to its last pooling, as in the usual FID: images (B, 3, H, W) in [0, 1] to (B, 2048)."
     num_features = 2048
@@ -31,11 +34,11 @@ class InceptionFeatures(nn.Module):
         self.network = network
     def forward(self, images): return self.network((images*255).round().byte())  # (B, 2048)
 
-# %% ../../nbs/evidence/public.ipynb #2d61f4e4
 def inception_features() -> InceptionFeatures: # frozen, in evaluation mode
-    "The extractor of the usual FID, for `frechet_distance` and `kernel_distance`; `ValueError` if it cannot be fetched."
+    "The extractor of the usual FID, for `frechet_distance` and `kernel_distance`; `ValueError` where it cannot be had."
     from torchmetrics.image.fid import NoTrainInceptionV3
     try: return InceptionFeatures(NoTrainInceptionV3('inception-v3-compat', ['2048']).requires_grad_(False))
     except ModuleNotFoundError: reason = 'torch-fidelity is not installed'
     except OSError as error: reason = type(error).__name__
-    require(False, lambda: f'Inception v3 could not be loaded ({reason}); it needs a network connection and pip install torch-fidelity, so use imagenet_features() without.')
+    require(False, lambda: f'Inception v3 could not be loaded ({reason}); it needs a network connection and '
+                           'pip install torch-fidelity, so use imagenet_features() without.')
