@@ -21,7 +21,8 @@ def pack(value, tensors, name=''):
     if isinstance(value, dict): return {'$items': [[k, pack(v, tensors, f'{name}/{k}')] for k, v in value.items()]}
     if isinstance(value, (list, tuple)): return [pack(v, tensors, f'{name}/{i}') for i, v in enumerate(value)]
     require(value is None or isinstance(value, (bool, int, float, str)),
-            lambda: f'{name or "the state"} is a {type(value).__name__}, but a checkpoint holds tensors and JSON only: store its state_dict.')
+            lambda: f'{name or "the state"} is a {type(value).__name__}, but a checkpoint holds tensors and JSON only: '
+                    'store its state_dict.')
     return value
 
 def unpack(value, tensors):
@@ -48,8 +49,10 @@ def read_checkpoint(path):
     "Nested dicts from one file; ValueError where it is missing or damaged."
     tensors, header = load_tensors(path), load_metadata(path)
     text = header.get('json')
-    require(text, lambda: f'{path} is not a checkpoint of this engine, as its header lacks the state: choose another file.')
-    require(header.get('sha256') in (None, digest(tensors, text)), lambda: f'{path} is damaged, as its SHA-256 differs from the one it carries: delete it.')
+    require(text,
+            lambda: f'{path} is not a checkpoint of this engine, as its header lacks the state: choose another file.')
+    require(header.get('sha256') in (None, digest(tensors, text)),
+            lambda: f'{path} is damaged, as its SHA-256 differs from the one it carries: delete it.')
     return unpack(json.loads(text), tensors)
 
 def put_back(thing, saved):
@@ -71,15 +74,18 @@ class Checkpoint:
     path: the file. `state` maps names to modules, optimisers, EMAs or torch.Generators."""
     def __init__(self, path):
         self.path, self.damaged = Path(path), False
-        self.previous, self.new = (self.path.with_name(f'{self.path.stem}.{name}{self.path.suffix}') for name in ('previous', 'new'))
+        self.previous, self.new = (self.path.with_name(f'{self.path.stem}.{name}{self.path.suffix}')
+                                   for name in ('previous', 'new'))
     def exists(self): return self.path.is_file() or self.previous.is_file()
 
     def save(self, state, **scalars):
         "Write `state`, the global random generators and JSON-able `scalars`, atomically."
-        tensors, states = {}, {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict() for k, v in state.items()}
+        tensors, states = {}, {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict() for k,
+                               v in state.items()}
         text = json.dumps(pack({'state': states, 'rng': rng_states(), 'scalars': scalars}, tensors))
         if rank(): return
-        for pattern in (f'.{self.new.stem}.*', '.tmp??????'):                                  # of a run that was killed while writing; the second is safetensors' own
+        # of a run that was killed while writing; the second is safetensors' own
+        for pattern in (f'.{self.new.stem}.*', '.tmp??????'):
             for left in self.path.parent.glob(pattern): left.unlink()
         save_tensors(self.new, tensors, {'json': text, 'sha256': digest(tensors, text)})
         if self.path.is_file() and not self.damaged: os.replace(self.path, self.previous)
@@ -87,19 +93,25 @@ class Checkpoint:
         self.damaged = False
 
     def read(self):
-        "What was saved last, as nested dicts; if that is damaged or missing, what was saved before, and a sentence on stderr."
+        """What was saved last, as nested dicts.
+
+        If that is damaged or missing, what was saved before, and a sentence on stderr."""
         try: return read_checkpoint(self.path)
         except ValueError:
             if not self.previous.is_file(): raise
         self.damaged = True
-        print(f'{self.path.name} is missing or damaged, so the run goes on from {self.previous.name}, saved before it.', file=sys.stderr)
+        print(f'{self.path.name} is missing or damaged, so the run goes on from {self.previous.name}, saved before it.',
+              file=sys.stderr)
         return read_checkpoint(self.previous)
 
     def load(self, state, saved=None):
         "Put what `read` found, or finds, back into the objects of `state`; returns the scalars."
         saved = saved or self.read()
-        require(set(saved['state']) == set(state), lambda: f'{self.path} holds {sorted(saved["state"])}, but this run has {sorted(state)}: resume with the same parts.')
+        require(set(saved['state']) == set(state),
+                lambda: f'{self.path} holds {sorted(saved["state"])}, but this run has {sorted(state)}: resume with '
+                        'the same parts.')
         for name, thing in state.items(): put_back(thing, saved['state'][name])
         torch.set_rng_state(saved['rng'][0])
-        if len(saved['rng']) > 1 and torch.cuda.device_count() == len(saved['rng']) - 1: torch.cuda.set_rng_state_all(saved['rng'][1:])
+        if len(saved['rng']) > 1 and torch.cuda.device_count() == len(saved['rng']) - 1:
+            torch.cuda.set_rng_state_all(saved['rng'][1:])
         return saved['scalars']

@@ -34,7 +34,8 @@ def gradient(
 ) -> Tensor: # (B, 2, H, W): along a row and along a column, summed over the colours as in equation (1)
     "Lengths of the two partial derivatives; their norm is equation (1)."
     x = F.pad(blur(images, sigma), (1, 1, 1, 1), mode='replicate')
-    g = torch.stack([x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]], 1)/2   # (B, 2, 3, H, W)
+    # (B, 2, 3, H, W)
+    g = torch.stack([x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]], 1)/2
     return g.square().sum(2).sqrt()                                             # (B, 2, H, W)
 
 # %% ../nbs/11a_conditions.ipynb #7592bec7
@@ -45,7 +46,7 @@ def soft_lines(
     lines: Tensor # (B, 1, H, W), one pixel wide
 ) -> Tensor: # (B, 1, H, W), at most 1
     "Lines a few pixels wide."
-    return (2.5*blur(lines, 1.)).clamp_max(1)                                   # 2.5: a straight line keeps its height of 1
+    return (2.5*blur(lines, 1.)).clamp_max(1)  # 2.5: a straight line keeps its height of 1
 
 def as_picture(
     x: Tensor # (B, 1 or 3, H, W) in [0, 1]
@@ -58,7 +59,8 @@ def check_condition(
     allowed: tuple = CONDITIONS # names
 ) -> None:
     "`ValueError` unless the condition is one of those allowed."
-    require(condition in allowed, lambda: f'condition is {condition!r}, but it must be one of {", ".join(allowed)}: choose one of these.')
+    require(condition in allowed,
+            lambda: f'condition is {condition!r}, but it must be one of {", ".join(allowed)}: choose one of these.')
 
 # %% ../nbs/11a_conditions.ipynb #ea70ded7
 def soft_edges(
@@ -86,7 +88,8 @@ def _hed(images):
     "HED's edges (B, 1, H, W) in [0, 1] from the optional package controlnet_aux."
     try: from controlnet_aux import HEDdetector
     except ImportError: HEDdetector = None
-    require(HEDdetector is not None, "controlnet_aux is not installed; the condition 'hed' needs it, so run pip install controlnet_aux, or choose 'edges'.")
+    require(HEDdetector is not None, "controlnet_aux is not installed; the condition 'hed' needs it, so run pip "
+                                     "install controlnet_aux, or choose 'edges'.")
     detector, size = HEDdetector.from_pretrained('lllyasviel/Annotators'), images.shape[-1]
     arrays = (images*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     found = [detector(a, detect_resolution=size, image_resolution=size, output_type='np')[..., 0] for a in arrays]
@@ -94,12 +97,16 @@ def _hed(images):
 
 def extract(
     images: Tensor, # (B, 3, H, W) in [0, 1]
-    condition: str, # edges, hard or hed; depth and segmentation need a trained network, or a world whose camera is known
+    # edges, hard or hed; depth and segmentation need a trained network, or a world whose camera is known
+    condition: str,
 ) -> Tensor: # (B, 3, H, W) in [-1, 1]
     "The condition that an image shows; `ValueError` for another name, shape or range."
     check_condition(condition, EXTRACTED)
-    require(images.ndim == 4 and images.shape[1] == 3, lambda: f'images has shape {tuple(images.shape)}, but must be (B, 3, H, W): put the channels first.')
-    require(bool(((images >= 0) & (images <= 1)).all()), lambda: f'images spans [{images.min():.3g}, {images.max():.3g}], but must lie in [0, 1]: use (x/2 + 0.5).clamp(0, 1).')
+    require(images.ndim == 4 and images.shape[1] == 3,
+            lambda: f'images has shape {tuple(images.shape)}, but must be (B, 3, H, W): put the channels first.')
+    require(bool(((images >= 0) & (images <= 1)).all()),
+            lambda: f'images spans [{images.min():.3g}, {images.max():.3g}], but must lie in [0, 1]: use (x/2 + '
+                    '0.5).clamp(0, 1).')
     return as_picture({'edges': soft_edges, 'hard': hard_edges, 'hed': _hed}[condition](images))
 
 # %% ../nbs/11a_conditions.ipynb #22724b40
@@ -111,7 +118,7 @@ def edge_f_score(
     "Boundary F of equation (2); `ValueError` for different shapes or a negative tolerance."
     _same(given, extracted)
     require(tolerance >= 0, lambda: f'tolerance is {tolerance}, but it counts pixels: pass 0 or more.')
-    a, b = ((x.mean(1, keepdim=True) > 0).float() for x in (given, extracted))      # (B, 1, H, W), strength above one half
+    a, b = ((x.mean(1, keepdim=True) > 0).float() for x in (given, extracted))  # (B, 1, H, W), strength above one half
     wide = lambda x: F.max_pool2d(x, 2*tolerance + 1, 1, tolerance)
     hits_b, hits_a, n_b, n_a = (x.sum((1, 2, 3)) for x in (b*wide(a), a*wide(b), b, a))
     precision, recall = hits_b/n_b.clamp_min(1), hits_a/n_a.clamp_min(1)
@@ -120,7 +127,9 @@ def edge_f_score(
 
 def _same(given, extracted):
     "ValueError unless both are pictures of one shape."
-    require(given.shape == extracted.shape and given.ndim == 4, lambda: f'the pictures have shapes {tuple(given.shape)} and {tuple(extracted.shape)}, but must both be (B, 3, H, W): resize one of them.')
+    require(given.shape == extracted.shape and given.ndim == 4,
+            lambda: f'the pictures have shapes {tuple(given.shape)} and {tuple(extracted.shape)}, but must both be (B, '
+                    '3, H, W): resize one of them.')
 
 # %% ../nbs/11a_conditions.ipynb #b396d26e
 def depth_error(
@@ -136,20 +145,24 @@ def mask_iou(
     given: Tensor, # (B, 3, H, W) in [-1, 1], one mask a channel
     extracted: Tensor, # likewise
 ) -> Tensor: # (B,) in [0, 1]
-    "Intersection over union of equation (3), a mask that is empty in both counted as 1; `ValueError` for different shapes."
+    """Intersection over union of equation (3), a mask that is empty in both counted as 1.
+
+    `ValueError` for different shapes."""
     _same(given, extracted)
     a, b = given/2 + .5, extracted/2 + .5
     both, either = torch.minimum(a, b).sum((2, 3)), torch.maximum(a, b).sum((2, 3))          # (B, 3)
     return torch.where(either == 0, 1., both/either.clamp_min(1e-9)).mean(1)
 
 # %% ../nbs/11a_conditions.ipynb #afde9e72
-MEASURES = {'edges': edge_f_score, 'hard': edge_f_score, 'hed': edge_f_score, 'depth': depth_error, 'segmentation': mask_iou}
+MEASURES = {'edges': edge_f_score, 'hard': edge_f_score, 'hed': edge_f_score, 'depth': depth_error,
+            'segmentation': mask_iou}
 
 def fidelity(
     given: Tensor, # (B, 3, H, W) in [-1, 1], the condition that was given
     images: Tensor, # (B, 3, H, W) in [0, 1], the outputs
     condition: str, # its name
-    extract=extract, # (images, condition) -> pictures; `world.truths.read_condition` knows depth and segmentation of scenes
+    # (images, condition) -> pictures; `world.truths.read_condition` knows depth and segmentation of scenes
+    extract=extract,
     **options # of its measure: tolerance, for edges
 ) -> Tensor: # (B,): F (edges, hard, hed), IoU (segmentation), both 1 at best; log-depth error (depth), 0 at best
     "How well images obey a condition: its measure between the condition given and the one extracted."
@@ -169,9 +182,12 @@ def load_picture(
     source, # a path, bytes, or a PIL image
     size: int | tuple = 128, # pixels: both sides, or (height, width)
 ) -> Tensor: # (1, 3, height, width) in [-1, 1]
-    "A picture for control or for `extract`; warns when it is resized, `ValueError` in one sentence where it cannot be opened."
+    """A picture for control or for `extract`.
+
+    Warns when it is resized, `ValueError` in one sentence where it cannot be opened."""
     image, shape = open_picture(source), (size, size) if isinstance(size, int) else tuple(size)
     if image.size != shape[::-1]:
-        warnings.warn(f'the condition picture is {image.width} x {image.height} and was scaled and cropped to {shape[1]} x {shape[0]}; '
+        warnings.warn(f'the condition picture is {image.width} x {image.height} and was scaled and cropped to '
+                      f'{shape[1]} x {shape[0]}; '
                       'thin lines may fade, so draw it at that size.', stacklevel=2)
     return read_picture(image, shape)[None]

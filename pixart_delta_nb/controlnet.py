@@ -46,13 +46,17 @@ ENTRIES, WIRINGS = ('report', 'released'), ('transformer', 'unet')
 
 def check_wiring(depth: int, num_copies: int, entry: str, wiring: str) -> None:
     "Raises ValueError, in one sentence, when the copies do not fit a base of `depth` blocks."
-    require(entry in ENTRIES, lambda: f'entry is {entry!r}, but must be one of {", ".join(ENTRIES)}: released weights need released.')
-    require(wiring in WIRINGS, lambda: f'wiring is {wiring!r}, but must be one of {", ".join(WIRINGS)}: choose one of these.')
+    require(entry in ENTRIES,
+            lambda: f'entry is {entry!r}, but must be one of {", ".join(ENTRIES)}: released weights need released.')
+    require(wiring in WIRINGS,
+            lambda: f'wiring is {wiring!r}, but must be one of {", ".join(WIRINGS)}: choose one of these.')
     require(isinstance(num_copies, int) and 1 <= num_copies < depth,
-            lambda: f'num_copies is {num_copies!r}, but a base of {depth} blocks allows 1 to {depth - 1}: try {max(1, depth//2)}.')
+            lambda: f'num_copies is {num_copies!r}, but a base of {depth} blocks allows 1 to {depth - 1}: try '
+                    f'{max(1, depth//2)}.')
     if wiring == 'unet':
         require(num_copies == depth//2 and entry == 'report',
-                lambda: f'the UNet wiring copies the first half of the blocks and feeds them the input: pass num_copies={depth//2} and entry="report".')
+                lambda: f'the UNet wiring copies the first half of the blocks and feeds them the input: pass '
+                        f'num_copies={depth//2} and entry="report".')
 
 # %% ../nbs/11_controlnet.ipynb #6e2460fb
 class ControlNetTransformer(nn.Module):
@@ -77,7 +81,9 @@ class ControlNetTransformer(nn.Module):
     def config(self): return self.base.config
 
     def with_base(self, base): # another transformer of the same shape, such as the student
-        "The same trained copies around another base, whose gradients are switched off as well; `ValueError` where the shapes differ."
+        """The same trained copies around another base, whose gradients are switched off as well.
+
+        `ValueError` where the shapes differ."""
         check_base(base.config, self.config)
         other = copy.copy(self)
         other._modules = self._modules | {'base': base.requires_grad_(False)}
@@ -128,10 +134,13 @@ def check_control(
     scale: float # conditioning scale
 ) -> None:
     "`ValueError` unless there is a control of its size for each latent, and the scale is finite."
-    require(control is not None, 'the network is under control, but no control was given: pass control=, one condition picture an image.')
+    require(control is not None,
+            'the network is under control, but no control was given: pass control=, one condition picture an image.')
     require(control.shape == latents.shape,
-            lambda: f'control has shape {tuple(control.shape)}, but must have that of the latents, {tuple(latents.shape)}: '
-            'encode one condition picture of the same size an image, and twice as many rows where guidance doubles the batch.')
+            lambda: f'control has shape {tuple(control.shape)}, but must have that of the latents, '
+                    f'{tuple(latents.shape)}: '
+            'encode one condition picture of the same size an image, and twice as many rows where guidance doubles the '
+            'batch.')
     require(isinstance(scale, (int, float)) and math.isfinite(scale),
             lambda: f'conditioning_scale is {scale!r}, but must be a finite number: pass 1, or 0 for no control.')
 
@@ -143,8 +152,10 @@ def check_base(
     mine, theirs = (asdict(c) for c in (config, expected))
     free = ('guidance_embed_dim', 'sample_size', 'interpolation_scale')
     wrong = [k for k in theirs if k not in free and mine[k] != theirs[k]]
-    require(not wrong, lambda: f'this ControlNet belongs to a base with {", ".join(f"{k} = {theirs[k]}" for k in wrong)}, '
-            f'but the base has {", ".join(f"{k} = {mine[k]}" for k in wrong)}: take the base it was trained on, or a student of it.')
+    require(not wrong,
+            lambda: f'this ControlNet belongs to a base with {", ".join(f"{k} = {theirs[k]}" for k in wrong)}, '
+            f'but the base has {", ".join(f"{k} = {mine[k]}" for k in wrong)}: take the base it was trained on, or a '
+            'student of it.')
 
 # %% ../nbs/11_controlnet.ipynb #671416d6
 def train_controlnet(
@@ -160,17 +171,21 @@ def train_controlnet(
     wrap=lambda net: net, # what shares the rows of the network out over processes, such as `scale.accelerated`
     **options # of `noise_train`: batch_size, lr, alpha_bar, bf16, and those of `train`
 ) -> ControlNetTransformer: # with the moving average of the adapter, in evaluation mode
-    "Train the copies and zero layers of a ControlNet (report §4); `ValueError` on data without control, and as in `train`."
+    """Train the copies and zero layers of a ControlNet (report §4).
+
+    `ValueError` on data without control, and as in `train`."""
     fields = ('control', *size_fields(base.config))
     check_fields(data, base.config, fields)
-    require(data.control.shape == data.z.shape, lambda: f'control has shape {tuple(data.control.shape)} and latents {tuple(data.z.shape)}, '
+    require(data.control.shape == data.z.shape,
+            lambda: f'control has shape {tuple(data.control.shape)} and latents {tuple(data.z.shape)}, '
             'but each latent needs a control of its size: encode one picture a row.')
     seed_everything(seed)
     config = dict(num_copies=num_copies, entry=entry, wiring=wiring, teacher=fingerprint(base))
     net = wrap(ControlNetTransformer(base.eval().to(device), num_copies, entry, wiring))
     is_matrix = lambda name, p: 'transformer_block' in name and p.ndim == 2 and 'table' not in name
     options = {'schedule': warm_constant_decay(50, .6, .01), 'batch_size': 32, 'lr': 1e-3} | options
-    average = noise_train(net, net.adapter, data, out, steps, is_matrix, config, fields, seed=seed, device=device, **options)
+    average = noise_train(net, net.adapter, data, out, steps, is_matrix, config, fields, seed=seed, device=device,
+                          **options)
     put_back(net.adapter, average.state_dict())
     return net.eval()
 
@@ -181,23 +196,33 @@ def save_controlnet(
     dtype: torch.dtype = torch.float16, # on disk
     **facts # for config.json: condition, steps, seed, …
 ) -> None:
-    "Write config.json and the adapter's weights, each atomically; `ValueError` where a weight is not finite in `dtype`."
+    """Write config.json and the adapter's weights, each atomically.
+
+    `ValueError` where a weight is not finite in `dtype`."""
     state = {k: v.detach().to('cpu', dtype) for k, v in net.adapter.state_dict().items()}
     broken = [k for k, v in state.items() if not v.isfinite().all()]
-    require(not broken, lambda: f'{len(broken)} tensors are not finite in {dtype}, the first {broken[:1]}: save in torch.float32, or look for a diverged training run.')
-    config = {'_class_name': 'ControlNetTransformer', 'num_copies': net.num_copies, 'entry': net.entry, 'wiring': net.wiring, 'base': asdict(net.config), **facts}
+    require(not broken,
+            lambda: f'{len(broken)} tensors are not finite in {dtype}, the first {broken[:1]}: save in torch.float32, '
+                    'or look for a diverged training run.')
+    config = {'_class_name': 'ControlNetTransformer', 'num_copies': net.num_copies, 'entry': net.entry,
+              'wiring': net.wiring, 'base': asdict(net.config), **facts}
     save_tensors(Path(folder)/WEIGHTS, state)
-    write_atomic(Path(folder)/'config.json', lambda path: path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8'))
+    write_atomic(Path(folder)/'config.json',
+                 lambda path: path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8'))
 
 # %% ../nbs/11_controlnet.ipynb #93c66fee
 def load_controlnet(
     folder: str | Path, # of `save_controlnet`
     base, # the transformer to put under control: the one of training, or its student
 ) -> ControlNetTransformer: # in evaluation mode; its `facts` are config.json
-    "Open a saved ControlNet around `base`; `ValueError` where files are missing or damaged, or belong to a base of another shape."
+    """Open a saved ControlNet around `base`.
+
+    `ValueError` where files are missing or damaged, or belong to a base of another shape."""
     values = read_json(Path(folder)/'config.json')
     missing = [k for k in ('num_copies', 'entry', 'wiring', 'base') if k not in values]
-    require(not missing, lambda: f'{Path(folder)/"config.json"} lacks {", ".join(missing)}, so it describes no ControlNet: choose a folder of save_controlnet.')
+    require(not missing,
+            lambda: f'{Path(folder)/"config.json"} lacks {", ".join(missing)}, so it describes no ControlNet: choose a '
+                    'folder of save_controlnet.')
     check_base(base.config, TransformerConfig(**values['base']))
     net = ControlNetTransformer(base, values['num_copies'], values['entry'], values['wiring'])
     state = load_tensors(Path(folder)/WEIGHTS)
@@ -207,8 +232,9 @@ def load_controlnet(
     return net.eval()
 
 # %% ../nbs/11_controlnet.ipynb #6aeb6aa5
-RENAMED = {'attn.qkv': ('attn1.to_q', 'attn1.to_k', 'attn1.to_v'), 'attn.proj': ('attn1.to_out.0',), 'cross_attn.q_linear': ('attn2.to_q',),
-           'cross_attn.kv_linear': ('attn2.to_k', 'attn2.to_v'), 'cross_attn.proj': ('attn2.to_out.0',), 'mlp.fc1': ('ff.net.0.proj',), 'mlp.fc2': ('ff.net.2',)}
+RENAMED = {'attn.qkv': ('attn1.to_q', 'attn1.to_k', 'attn1.to_v'), 'attn.proj': ('attn1.to_out.0',),
+           'cross_attn.q_linear': ('attn2.to_q',), 'cross_attn.kv_linear': ('attn2.to_k', 'attn2.to_v'),
+           'cross_attn.proj': ('attn2.to_out.0',), 'mlp.fc1': ('ff.net.0.proj',), 'mlp.fc2': ('ff.net.2',)}
 
 def _renamed(name, tensor):
     "New names and tensors of one released tensor."
@@ -217,19 +243,24 @@ def _renamed(name, tensor):
     if inner == 'scale_shift_table': return {f'{block}.transformer_block.{inner}': tensor}
     part, kind = inner.rsplit('.', 1)
     require(part in RENAMED, lambda: f'{name} is no tensor of a released PixArt ControlNet: choose such a checkpoint.')
-    return {f'{block}.transformer_block.{new}.{kind}': piece for new, piece in zip(RENAMED[part], tensor.chunk(len(RENAMED[part])))}
+    pieces = zip(RENAMED[part], tensor.chunk(len(RENAMED[part])))
+    return {f'{block}.transformer_block.{new}.{kind}': piece for new, piece in pieces}
 
 # %% ../nbs/11_controlnet.ipynb #fc61aa47
 def convert_released(
     path: str | Path, # a released .pth
     base, # PixArtTransformer of its shape
 ) -> ControlNetTransformer: # with entry 'released', in evaluation mode; save it with `save_controlnet`
-    "A released ControlNet around `base`; `ValueError` unless the file holds tensors alone, of the right names and shapes."
+    """A released ControlNet around `base`.
+
+    `ValueError` unless the file holds tensors alone, of the right names and shapes."""
     require(Path(path).is_file(), lambda: f'{path} is not a file, but a released .pth is needed: check the path.')
     try: held = torch.load(path, map_location='cpu', weights_only=True)
     except Exception: held = None
     held = held.get('state_dict', held) if isinstance(held, dict) else {}
-    require(held and all(isinstance(v, Tensor) for v in held.values()), lambda: f'{path} holds something else than tensors by name, and is not opened further: choose a released ControlNet.')
+    require(held and all(isinstance(v, Tensor) for v in held.values()),
+            lambda: f'{path} holds something else than tensors by name, and is not opened further: choose a released '
+                    'ControlNet.')
     mine, state = {k: v for k, v in held.items() if k.startswith('controlnet.')}, {}
     require(mine, lambda: f'{path} has no tensor named controlnet.…, so it holds no ControlNet: choose a released one.')
     for name, tensor in mine.items(): state |= _renamed(name, tensor)

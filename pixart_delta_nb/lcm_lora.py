@@ -18,7 +18,9 @@ from .optimisers import EMA
 # %% ../nbs/10a_lcm_lora.ipynb #10a00037
 @contextlib.contextmanager
 def _swapped(adapter, other):
-    "Inside `with`, the layers use `other`'s tensors; one that needs no gradient, since backward runs after the way back."
+    """Inside `with`, the layers use `other`'s tensors.
+
+    One that needs no gradient, since backward runs after the way back."""
     def swap():
         for p, q in zip(adapter.parameters(), other.parameters()): p.data, q.data = q.data, p.data
     swap()
@@ -66,4 +68,5 @@ def lora_train(
     frozen = nn.ParameterList(p for p in model.parameters() if not p.requires_grad)
     config = {'mu': mu, 'teacher': fingerprint(frozen)} | model.lora_settings
     averages = {'target': (ema, lambda step: mu)} if mu else {}
-    return lcd_loop(one_model(model, ema), adapter, averages, data, alpha_bar, out, steps, batch_size, config=config, **options)
+    return lcd_loop(one_model(model, ema), adapter, averages, data, alpha_bar, out, steps, batch_size, config=config,
+                    **options)

@@ -18,7 +18,9 @@ def orthogonalise(gradient, steps=5):
 
     gradient: (..., m, n). steps: rounds. Returns (..., m, n) with the same singular vectors and singular values near 1.
     Source: Jordan et al. 2024, Muon; the coefficients are those of torch.optim.Muon."""
-    require(gradient.ndim >= 2, lambda: f'orthogonalise got a tensor of shape {tuple(gradient.shape)}, but it needs matrices (..., m, n): reshape it.')
+    require(gradient.ndim >= 2,
+            lambda: f'orthogonalise got a tensor of shape {tuple(gradient.shape)}, but it needs matrices (..., m, n): '
+                    'reshape it.')
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = gradient.shape[-2] > gradient.shape[-1]
     x = gradient.mT if tall else gradient                    # (..., m, n), m <= n
@@ -40,7 +42,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
         for p in (p for g in self.param_groups for p in g['params']):
-            require(p.ndim >= 2, lambda: f'Muon got a parameter of shape {tuple(p.shape)}, but it needs matrices or kernels: give vectors to AdamW.')
+            require(p.ndim >= 2,
+                    lambda: f'Muon got a parameter of shape {tuple(p.shape)}, but it needs matrices or kernels: give '
+                            'vectors to AdamW.')
 
     @torch.no_grad()
     def step(self):
@@ -68,7 +72,8 @@ def check_trainable(
     "`ValueError` for weights in half precision, whose spacing is wider than a step of training."
     half = next((p for p in parameters if p.dtype in (torch.float16, torch.bfloat16)), None)
     require(half is None, lambda: f'the weights to be trained are {half.dtype}, in which small steps round to nothing: '
-            'train them in float32 (network.float()); products may still be in bfloat16, and a frozen teacher may be in half precision.')
+            'train them in float32 (network.float()); products may still be in bfloat16, and a frozen teacher may be '
+            'in half precision.')
 
 def adamw(
     parameters, # tensors or groups of them
@@ -78,14 +83,15 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """AdamW without weight decay: PyTorch's fused kernel, or bitsandbytes' with moments of one byte.
 
-    Raises `ValueError` for half-precision weights, and for 8 bits without bitsandbytes or on weights that are cut over processes."""
+    Raises `ValueError` for half-precision weights, and for 8 bits without bitsandbytes or on weights that are cut."""
     parameters = list(parameters)
     tensors = [p for x in parameters for p in (x['params'] if isinstance(x, dict) else [x])]
     check_trainable(tensors)
     if not eight_bit: return torch.optim.AdamW(parameters, lr, weight_decay=0, fused=True, **options)
     require(find_spec('bitsandbytes'), 'bitsandbytes is not installed, but moments in 8 bits are its: '
-            'run pip install bitsandbytes, or pass eight_bit=False.')
-    require(not any(hasattr(p, 'placements') for p in tensors), 'The weights are cut over processes, but bitsandbytes needs whole ones: '
+            'run pip install \'pixart_delta_nb[scale]\', or pass eight_bit=False.')
+    require(not any(hasattr(p, 'placements') for p in tensors),
+            'The weights are cut over processes, but bitsandbytes needs whole ones: '
             'launch with ddp.yaml, or pass eight_bit=False.')
     from bitsandbytes.optim import AdamW8bit
     return AdamW8bit(parameters, lr, weight_decay=0, **options)
@@ -105,11 +111,14 @@ def optimisers(modules, is_matrix, lr=2e-3, betas=(.9, .999), special=None, spec
     return {'muon': Muon(matrices, lr, dtype=dtype), 'adamw': adamw(groups, lr, betas=betas)}
 
 # %% ../nbs/07a_optimisers.ipynb #5a2a0f7d
-def warm_constant_decay(warmup=100, decay_from=.5, floor=0.):
-    """The learning-rate factor of eq. 3 as a function (step, steps) -> factor in [0, 1].
-
-    warmup: steps of linear warm-up. decay_from: fraction of the run where the linear decay starts. floor: least factor."""
-    require(0 <= decay_from < 1, lambda: f'decay_from is {decay_from}, but it must be in [0, 1): choose the fraction where the decay starts.')
+def warm_constant_decay(
+    warmup: int = 100, # steps of linear warm-up
+    decay_from: float = .5, # fraction of the run where the linear decay starts
+    floor: float = 0. # least factor
+): # (step, steps) -> factor in [0, 1]
+    "The learning-rate factor of eq. 3; `ValueError` for a fraction outside [0, 1)."
+    require(0 <= decay_from < 1, lambda: f'decay_from is {decay_from}, but it must be in [0, 1): '
+            'choose the fraction where the decay starts.')
     def factor(step, steps):
         f = step/steps
         return min(1, step/max(warmup, 1))*(1 if f < decay_from else max(floor, (1 - f)/(1 - decay_from)))
@@ -134,7 +143,8 @@ class EMA:
         "Move towards `module`; decay: weight of the past, in [0, 1]."
         require(0 <= decay <= 1, lambda: f'the EMA decay is {decay}, but it must be in [0, 1]: 0.95 is the report\'s.')
         mine = list(self.module.parameters())
-        whole = lambda average, p: p if hasattr(average, 'full_tensor') else gathered(p)         # an average that is not split follows weights that are
+        # an average that is not split follows weights that are
+        whole = lambda average, p: p if hasattr(average, 'full_tensor') else gathered(p)
         torch._foreach_lerp_(mine, [whole(m, p.detach()) for m, p in zip(mine, module.parameters())], 1 - decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers()): mine.copy_(theirs)
 
@@ -148,7 +158,9 @@ def early_decay(decay, step):
 # %% ../nbs/07a_optimisers.ipynb #bf76b70f
 @contextlib.contextmanager
 def bfloat16_products(device, enabled=True):
-    "Matrix products in bfloat16 with float32 weights, forward and backward. device: 'cpu', 'cuda' … enabled: False changes nothing."
+    """Matrix products in bfloat16 with float32 weights, forward and backward. device: 'cpu', 'cuda' … enabled.
+
+    False changes nothing."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     kind = torch.device(device).type
     spelt_out = sdpa_kernel(SDPBackend.MATH) if enabled and kind == 'cpu' else contextlib.nullcontext()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loss_weight', 'drop_captions', 'noise_loss', 'initialise', 'noise_train', 'size_fields', 'train_teacher',
-           'check_fields']
+           'workshop_config', 'check_fields']
 
 # %% ../nbs/07e_teacher.ipynb #a953c1c1
 import copy
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import at_least_float32, require, seed_everything
+from .consistency import predict_eps
+from .core import require, seed_everything
 from .folders import fingerprint
 from .latents import Batch, LatentDataset
 from .optimisers import EMA, bfloat16_products, early_decay, optimisers, warm_constant_decay
@@ -61,14 +62,16 @@ def noise_loss(
     a = at(alpha_bar, t, eps)                                                           # (B, 1, ...)
     inputs = (y.to(device) for y in (add_noise(rows.z, eps, a), t, caption, mask))
     told = {name: getattr(rows, name).to(device) for name in fields}
-    with bfloat16_products(device, bf16): out = network(*inputs, **told)[:, :eps.shape[1]]
-    return (loss_weight(a).to(device)*(at_least_float32(out) - eps.to(device)).square()).mean()
+    with bfloat16_products(device, bf16): predicted = predict_eps(network, *inputs, **told)  # like z
+    return (loss_weight(a).to(device)*(predicted - eps.to(device)).square()).mean()
 
 # %% ../nbs/07e_teacher.ipynb #3a59f0a7
 def initialise(
     transformer: PixArtTransformer # changed in place
 ) -> PixArtTransformer: # `transformer`
-    "DiT's and PixArt's initial weights: Xavier matrices, zero biases, and zero for the output and cross-attention's last layers."
+    """DiT's and PixArt's initial weights.
+
+    Xavier matrices, zero biases, and zero for the output and cross-attention's last layers."""
     for name, p in transformer.named_parameters():
         if p.ndim == 2 and 'scale_shift' not in name: nn.init.xavier_uniform_(p)
         if name.endswith('bias'): nn.init.zeros_(p)
@@ -99,7 +102,8 @@ def noise_train(
     "Train whatever predicts noise on D_z; stops and resumes bit for bit. `ValueError` as in `train`."
     generator, ema = torch.Generator().manual_seed(seed), EMA(trained)
     alpha_bar = alpha_bar_of(BETAS) if alpha_bar is None else alpha_bar
-    def step_fn(step, steps): return noise_loss(network, data.draw(batch_size, generator), alpha_bar, generator, fields, device, bf16)
+    def step_fn(step, steps):
+        return noise_loss(network, data.draw(batch_size, generator), alpha_bar, generator, fields, device, bf16)
     moved = optimisers(trained, is_matrix, lr, betas=(.9, .99), dtype=torch.bfloat16 if bf16 else None)
     config = config | dict(batch_size=batch_size, lr=lr, seed=seed, bf16=bf16, data=data.fingerprint)
     train(step_fn, {'trained': trained, 'ema': ema, 'generator': generator} | moved, steps, out, clip=1., config=config,
@@ -123,17 +127,27 @@ def train_teacher(
     device: str = 'cpu', # where the network runs
     **options # of `noise_train`: batch_size, lr, alpha_bar, bf16, and those of `train`
 ) -> PixArtTransformer: # the moving average, to be put into a Pipeline
-    "Train the guided latent diffusion model; `ValueError` on data of another width, or without the sizes that the network reads."
-    shape = dict(num_attention_heads=6, attention_head_dim=32, num_layers=14, sample_size=data.z.shape[-1], caption_channels=data.caption.shape[-1])
-    config = transformer.config if transformer else config or TransformerConfig(**shape, use_additional_conditions=False)
+    """Train the guided latent diffusion model.
+
+    `ValueError` on data of another width, or without the sizes that the network reads."""
+    if transformer: config = transformer.config
+    config = config or workshop_config(data)
     check_fields(data, config, size_fields(config))
     seed_everything(seed)
     start = None if transformer is None else fingerprint(transformer)
-    model = copy.deepcopy(transformer).train().requires_grad_(True) if transformer else initialise(PixArtTransformer(config))
-    model = model.to(device)
+    model = copy.deepcopy(transformer) if transformer else initialise(PixArtTransformer(config))
+    model = model.train().requires_grad_(True).to(device)
     is_matrix = lambda name, p: name.startswith('transformer_blocks') and p.ndim == 2 and 'table' not in name
     options = {'schedule': warm_constant_decay(100, .4, .01)} | options
-    return noise_train(model, model, data, out, steps, is_matrix, {'teacher': start}, size_fields(config), seed=seed, device=device, **options)
+    return noise_train(model, model, data, out, steps, is_matrix, {'teacher': start}, size_fields(config), seed=seed,
+                       device=device, **options)
+
+def workshop_config(
+    data: LatentDataset # D_z
+) -> TransformerConfig: # width 192, 14 blocks
+    "The transformer of the workshop's model, for latents and captions of these sizes."
+    return TransformerConfig(num_attention_heads=6, attention_head_dim=32, num_layers=14, sample_size=data.z.shape[-1],
+                             caption_channels=data.caption.shape[-1], use_additional_conditions=False)
 
 def check_fields(
     data: LatentDataset, # D_z
@@ -143,7 +157,9 @@ def check_fields(
     "`ValueError` unless the data has the fields, and captions of the network's width."
     missing = [k for k in fields if getattr(data, k) is None]
     require(not missing, lambda: f'the data lacks {", ".join(missing)}, which the network is told: '
-            'precompute pictures in shards, which keep their sizes, and add the latents of the condition pictures for a ControlNet.')
+            'precompute pictures in shards, which keep their sizes, and add the latents of the condition pictures for '
+            'a ControlNet.')
     width = data.caption.shape[-1]
-    require(config.caption_channels == width, lambda: f'the network reads captions of width {config.caption_channels}, but the data has {width}: '
+    require(config.caption_channels == width,
+            lambda: f'the network reads captions of width {config.caption_channels}, but the data has {width}: '
             'set caption_channels, or precompute with the text encoder of this model.')

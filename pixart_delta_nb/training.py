@@ -24,7 +24,7 @@ def set_rates(opts, factor):
 
 # %% ../nbs/07c_training.ipynb #1deeb98a
 def optimise(loss, opts, clip, first=True, last=True):
-    """Backward pass, gradient clipping of AdamW's parameters (Muon's steps have a fixed size), and one step of each optimiser.
+    """Backward pass, clipped gradients for AdamW (Muon's steps have a fixed size), and one step of each optimiser.
 
     first, last: of the batches whose gradients are added up."""
     if first:
@@ -44,16 +44,23 @@ def begin(
     steps: int, # of the whole run
     config: dict | None # JSON that a run keeps to
 ) -> dict: # scalars to start from
-    "The checkpoint's scalars where `resume` finds one, else those of step 0; `ValueError` for another run's checkpoint."
+    """The checkpoint's scalars where `resume` finds one, else those of step 0.
+
+    `ValueError` for another run's checkpoint."""
     fresh = {'step': 0, 'steps': steps, 'config': config, 'log': [], 'total': 0., 'count': 0, 'recent': []}
     if not checkpoint.exists(): return fresh
-    require(resume, lambda: f'{checkpoint.path} holds a run, which a new one would write over: pass resume=True (--resume) to go on with it, or choose another folder.')
+    require(resume,
+            lambda: f'{checkpoint.path} holds a run, which a new one would write over: pass resume=True (--resume) to '
+                    'go on with it, or choose another folder.')
     saved = checkpoint.read()
     now = fresh | saved['scalars']
-    require(now['steps'] == steps, lambda: f'{checkpoint.path} belongs to a run of {now["steps"]} steps, but {steps} were asked for: '
+    require(now['steps'] == steps,
+            lambda: f'{checkpoint.path} belongs to a run of {now["steps"]} steps, but {steps} were asked for: '
             'the learning rate depends on it, so keep the number.')
     differing = differences(now['config'], json.loads(json.dumps(config)))
-    require(not differing, lambda: f'{checkpoint.path} belongs to a run with other settings ({differing}): resume with the same ones, or choose another folder.')
+    require(not differing,
+            lambda: f'{checkpoint.path} belongs to a run with other settings ({differing}): resume with the same ones, '
+                    'or choose another folder.')
     checkpoint.load(state, saved)                                            # last: another run's tensors may not fit
     return now
 
@@ -69,7 +76,9 @@ def differences(
 # %% ../nbs/07c_training.ipynb #610e0cf2
 def diagnosis(state):
     "Where the gradients in memory, those of the last update, are largest: a clause, or '' without gradients."
-    size = lambda p: (p.grad.to_local() if hasattr(p.grad, 'to_local') else p.grad).float().norm().nan_to_num(nan=math.inf).item()
+    def size(p):
+        own = p.grad.to_local() if hasattr(p.grad, 'to_local') else p.grad
+        return own.float().norm().nan_to_num(nan=math.inf).item()
     found = []
     for key, o in ((k, v) for k, v in state.items() if isinstance(v, torch.optim.Optimizer)):
         for i, group in enumerate(o.param_groups):
@@ -77,8 +86,10 @@ def diagnosis(state):
             if sizes: found.append((math.hypot(*sizes.values()), f'group {i} of {key}', max(sizes, key=sizes.get)))
     if not found: return ''
     norm, where, most = max(found, key=lambda f: f[0])
-    names = (f'{k}.{name}' for k, m in state.items() if isinstance(m, torch.nn.Module) for name, p in m.named_parameters() if p is most)
-    return f'; the last update\'s gradient was largest in {where} ({norm:.3g} after clipping, most of it {next(names, "unnamed")})'
+    modules = {k: m for k, m in state.items() if isinstance(m, torch.nn.Module)}
+    names = (f'{k}.{name}' for k, m in modules.items() for name, p in m.named_parameters() if p is most)
+    return (f'; the last update\'s gradient was largest in {where} ({norm:.3g} after clipping, '
+            f'most of it {next(names, "unnamed")})')
 
 # %% ../nbs/07c_training.ipynb #3114f252
 def check_loss(
@@ -91,7 +102,8 @@ def check_loss(
     usual = statistics.median(now['recent']) if len(now['recent']) == 16 else 0
     ok = math.isfinite(loss) and not (explode and usual > 0 and loss > explode*usual)
     require(ok, lambda: f'the loss is {loss} at step {now["step"]}, but it must be finite and near the ones before '
-            f'({", ".join(f"{x:.3g}" for x in now["recent"][-4:]) or "none"}): lower the learning rate (now {rates(state)}) or check the data{diagnosis(state)}.')
+            f'({", ".join(f"{x:.3g}" for x in now["recent"][-4:]) or "none"}): lower the learning rate (now '
+            f'{rates(state)}) or check the data{diagnosis(state)}.')
     now['recent'] = [*now['recent'][-15:], loss]
 
 def rates(
@@ -102,18 +114,29 @@ def rates(
     return ', '.join(sorted({f'{g["lr"]:.3g}' for g in groups})) or 'none'
 
 # %% ../nbs/07c_training.ipynb #c01dc10e
-def train(step_fn, state, steps, out, resume=False, log=None, schedule=None, clip=0., after=None, config=None,
-          log_every=50, save_every=500, until=None, progress=None, accumulate=1, explode=1e3):
+def train(
+    step_fn, # (step, steps) -> scalar loss
+    state: dict, # name -> module, optimiser, EMA or generator
+    steps: int, # of the whole run
+    out: str | Path, # folder of checkpoint.safetensors and log.jsonl
+    resume: bool = False, # continue where there is a checkpoint
+    log=None, # called with each record
+    schedule=None, # (step, steps) -> learning-rate factor
+    clip: float = 0., # gradient norm of AdamW's parameters, 0 for none
+    after=None, # (step, steps) -> None, after the update (an EMA)
+    config: dict | None = None, # JSON compared on resuming
+    log_every: int = 50, # steps that one record averages
+    save_every: int = 500, # steps between checkpoints
+    until: int | None = None, # pause after this many steps
+    progress: bool | None = None, # False for silence
+    accumulate: int = 1, # calls of step_fn whose gradients make one update
+    explode: float = 1e3 # multiple of the usual loss that stops the run, 0 for never
+) -> list: # records {'step', 'loss'}
     """Train for a fixed number of steps; stop and resume at any of them, bit for bit.
 
-    step_fn: (step, steps) -> scalar loss. state: names -> modules, optimisers, EMAs, generators. out: folder of
-    checkpoint.safetensors and log.jsonl. resume: continue where there is a checkpoint. log: called with each record.
-    schedule: (step, steps) -> learning-rate factor. clip: gradient norm of AdamW's parameters, 0 for none.
-    after: (step, steps) -> None, after the update (an EMA). config: JSON compared on resuming. until: pause after this
-    many steps. progress: False for silence. accumulate: calls of step_fn whose gradients make one
-    update. explode: multiple of the usual loss that stops the run, 0 for never. Returns the records {'step', 'loss'}.
-    Raises ValueError on a loss that is not finite or explodes and on a checkpoint of another run, OSError where a checkpoint
-    cannot be written, SystemExit(130) after Ctrl-C or SIGTERM, when all is saved. In a distributed run every process calls it, and process 0 writes."""
+    Raises ValueError on a loss that is not finite or explodes and on a checkpoint of another run, OSError where a
+    checkpoint cannot be written, SystemExit(130) after Ctrl-C or SIGTERM, when all is saved. In a distributed run every
+    process calls it, and process 0 writes."""
     require(steps > 0, lambda: f'the number of steps is {steps}, but it must be positive: choose at least 1.')
     require(accumulate > 0, lambda: f'accumulate is {accumulate}, but it must be positive: 1 is one batch an update.')
     opts = [v for v in state.values() if isinstance(v, torch.optim.Optimizer)]
@@ -136,7 +159,9 @@ def train(step_fn, state, steps, out, resume=False, log=None, schedule=None, cli
             if now['step'] % save_every == 0: save(checkpoint, state, now)
         save(checkpoint, state, now)
     if anywhere(pressed):
-        if rank() == 0: print(f'Stopped after step {now["step"]} of {steps}; {checkpoint.path} holds it, so resume to go on.', file=sys.stderr)
+        if rank() == 0:
+            print(f'Stopped after step {now["step"]} of {steps}; {checkpoint.path} holds it, so resume to go on.',
+                  file=sys.stderr)
         raise SystemExit(130)
     return now['log']
 
@@ -153,13 +178,18 @@ def record(now, loss, log_every, log, bar):
 
 def broken_weights(state):
     "Names of the parameters in `state` that are not finite; every process has to ask."
-    named = ((f'{k}.{name}', p) for k, m in state.items() if isinstance(m, torch.nn.Module) for name, p in m.named_parameters())
+    named = ((f'{k}.{name}', p) for k, m in state.items() if isinstance(m, torch.nn.Module) for name,
+             p in m.named_parameters())
     return [name for name, p in named if not gathered(p.detach().isfinite().all())]
 
 def save(checkpoint, state, now):
-    "Checkpoint first, then the log beside it as lines of JSON; ValueError on weights that are not finite, OSError where the disk refuses."
+    """Checkpoint first, then the log beside it as lines of JSON.
+
+    ValueError on weights that are not finite, OSError where the disk refuses."""
     broken = broken_weights(state)
-    require(not broken, lambda: f'{len(broken)} parameters are not finite after step {now["step"]}, the first {broken[:1]}, so nothing was saved: '
+    require(not broken,
+            lambda: f'{len(broken)} parameters are not finite after step {now["step"]}, the first {broken[:1]}, so '
+                    'nothing was saved: '
             f'resume with a lower learning rate{diagnosis(state)}.')
     lines = ''.join(json.dumps(entry) + '\n' for entry in now['log'])
     try:
@@ -169,13 +199,17 @@ def save(checkpoint, state, now):
         write_atomic(checkpoint.path.with_name('log.jsonl'), lambda path: Path(path).write_text(lines))
     except (OSError, SafetensorError) as error:
         kept = 'the checkpoint before it is whole' if checkpoint.exists() else 'there is none before it'
-        raise OSError(f'step {now["step"]} could not be saved as {checkpoint.path} ({getattr(error, "strerror", None) or error}); '
+        raise OSError(f'step {now["step"]} could not be saved as {checkpoint.path} '
+                      f'({getattr(error, "strerror", None) or error}); '
                       f'{kept}, so free some space and resume.') from None
 
 # %% ../nbs/07c_training.ipynb #2c083ad2
 def tensorboard_log(folder):
-    "A `log` for `train` that writes the loss where TensorBoard reads it. ValueError where the package tensorboard is not installed."
-    require(find_spec('tensorboard'), 'the package tensorboard is not installed, but the log needs it: run pip install tensorboard, or leave the log out.')
+    """A `log` for `train` that writes the loss where TensorBoard reads it.
+
+    ValueError where the package tensorboard is not installed."""
+    require(find_spec('tensorboard'), 'the package tensorboard is not installed, but the log needs it: run pip install '
+                                      'tensorboard, or leave the log out.')
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(folder))
     def log(entry):

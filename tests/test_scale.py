@@ -4,17 +4,18 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
-from pixart_delta_nb.controlnet import train_controlnet
+from pixart_delta_nb import scale
+from pixart_delta_nb.controlnet import load_controlnet, train_controlnet
 from pixart_delta_nb.core import load_tensors, save_tensors
-from pixart_delta_nb.latents import Batch
+from pixart_delta_nb.data import precompute
+from pixart_delta_nb.latents import LatentDataset
 from pixart_delta_nb.distill import lcd_train
 from pixart_delta_nb.lcm_lora import lora_train
 from pixart_delta_nb.lora import add_lora
-from pixart_delta_nb.scale import (Rows, accelerated, checkpoint_blocks, distill_many, lora_many, main, own_rows, start,
+from pixart_delta_nb.scale import (Rows, accelerated, checkpoint_blocks, control_many, distill_many, lora_many, main, own_rows, start,
     teach_many)
-from pixart_delta_nb.pipeline import tiny_pipeline
 from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
-from pixart_delta_nb.pipeline import load_pipeline, save_pipeline
+from pixart_delta_nb.pipeline import load_pipeline, save_pipeline, tiny_pipeline
 from pixart_delta_nb.teacher import train_teacher
 from pixart_delta_nb.optimisers import EMA, optimisers
 from pixart_delta_nb.training import train
@@ -35,7 +36,7 @@ def inputs(rows=4):
 
 def lcd(out, **options):
     x, _, caption = inputs(32)
-    data = Batch(x, caption, torch.ones(32, 5), torch.zeros(1, 1, 12).double())
+    data = LatentDataset(x, caption, torch.ones(32, 5), torch.zeros(1, 1, 12).double())
     return lcd_train(accelerated(tiny()), data, alpha_bar_from_betas(linear_betas()), out, steps=5, batch_size=7, lr=1e-3, warmup=1, progress=False,
                      log_every=1, average=.9, **options)
 
@@ -51,24 +52,24 @@ def regression(out, **options):
     train(step_fn, state, 6, out, clip=1., accumulate=2, after=lambda i, n: ema.update(net, .5), log_every=1, progress=False, **options)
 
 
-def rows_of_data():
+def rows_of_data(**changes):
     x, _, caption = (y.float() if y.is_floating_point() else y for y in inputs(32))
-    return {'latents': x, 'captions': caption, 'mask': torch.ones(32, 5, dtype=torch.bool), 'null': torch.zeros(1, 1, 12)}
+    return LatentDataset(x, caption, torch.ones(32, 5, dtype=torch.bool), torch.zeros(1, 1, 12), **changes)
 
 
 def lora(out, **options):
-    model, data = accelerated(add_lora(tiny(), rank=2)), rows_of_data()
-    data = Batch(data['latents'].double(), data['captions'].double(), data['mask'], data['null'].double())
+    model, (x, _, caption) = accelerated(add_lora(tiny(), rank=2)), inputs(32)
+    data = LatentDataset(x, caption, torch.ones(32, 5, dtype=torch.bool), torch.zeros(1, 1, 12).double())
     return lora_train(model, data, alpha_bar_from_betas(linear_betas()), out, steps=4, batch_size=6, lr=1e-2, warmup=1, clip=1., progress=False, log_every=1, **options)
 
 
 def teacher(out, **options):
-    return train_teacher(rows_of_data(), out, steps=4, batch=6, transformer=accelerated(tiny().float()), progress=False, log_every=1, **options)
+    return train_teacher(rows_of_data(), out, steps=4, batch_size=6, transformer=accelerated(tiny().float()), progress=False, log_every=1, **options)
 
 
 def control(out, **options):
-    data = rows_of_data()
-    return train_controlnet(tiny().float(), data | {'control': data['latents'].flip(-1)}, out, 4, 1, batch=6, lr=1e-2, wrap=accelerated, progress=False, log_every=1, **options)
+    data = rows_of_data(control=inputs(32)[0].float().flip(-1))
+    return train_controlnet(tiny().float(), data, out, 4, 1, batch_size=6, lr=1e-2, wrap=accelerated, progress=False, log_every=1, **options)
 
 
 LOOPS = (lcd, regression, lora, teacher, control)
@@ -114,8 +115,8 @@ def test_two_processes_give_the_result_of_one(single, tmp_path, kind):
 
 def test_the_single_run_moves(single):
     saved = load_tensors(single/'lcd'/'checkpoint.safetensors')
-    assert max((saved[f'/state/student/{n}'] - p).abs().max() for n, p in tiny().named_parameters()) > 1e-3
-    for name, key in (('lora', '/state/adapter/0.B.weight'), ('control', '/state/adapter/controlnet_blocks.0.after_proj.weight')):
+    assert max((saved[f'/state/trained/{n}'] - p).abs().max() for n, p in tiny().named_parameters()) > 1e-3
+    for name, key in (('lora', '/state/trained/0.B.weight'), ('control', '/state/trained/controlnet_blocks.0.after_proj.weight')):
         assert load_tensors(single/name/'checkpoint.safetensors')[key].abs().max() > 1e-4
 
 
@@ -187,15 +188,15 @@ def test_checkpointed_network_keeps_names_copies_and_classes():
 @pytest.fixture
 def workplace(tmp_path):
     save_pipeline(tiny_pipeline(), tmp_path/'teacher')
-    data = Batch(torch.randn(8, 4, 8, 8), torch.randn(8, 5, 32), torch.ones(8, 5, dtype=torch.bool), torch.zeros(1, 1, 32))
-    save_tensors(tmp_path/'rows.safetensors', {'latents': data.z, 'captions': data.caption, 'mask': data.mask, 'null': data.null})
+    save_tensors(tmp_path/'rows.safetensors', {'latents': torch.randn(8, 4, 8, 8), 'captions': torch.randn(8, 5, 32), 'mask': torch.ones(8, 5, dtype=torch.bool),
+                                               'null': torch.zeros(1, 1, 32)})
     return tmp_path
 
 
-@pytest.mark.parametrize('words, made', [(['distill', '--batch-size', '2', '--recompute'], 'pipeline/card.json'), (['teach', '--batch', '2'], 'pipeline/card.json'),
-                                         (['lora', '--batch-size', '2', '--rank', '2'], 'lora/adapter_model.safetensors')])
+@pytest.mark.parametrize('words, made', [(['distill', '--recompute'], 'pipeline/card.json'), (['teach'], 'pipeline/card.json'), (['lora', '--rank', '2'], 'lora/adapter_model.safetensors')])
 def test_commands_write_a_folder(workplace, words, made):
-    with pytest.raises(SystemExit) as done: main([words[0], str(workplace/'teacher'), str(workplace/'rows.safetensors'), str(workplace/'out'), '--steps', '2', *words[1:]])
+    where = [str(workplace/name) for name in ('teacher', 'rows.safetensors', 'out')]
+    with pytest.raises(SystemExit) as done: main([words[0], *where, '--steps', '2', '--batch-size', '2', *words[1:]])
     assert not done.value.code and (workplace/'out'/made).is_file()
     if 'pipeline' in made: assert not torch.equal(load_pipeline(workplace/'out/pipeline').transformer.proj_out.weight, load_pipeline(workplace/'teacher').transformer.proj_out.weight)
 
@@ -205,10 +206,15 @@ def test_bad_input_to_a_command_is_one_sentence(workplace):
     assert 'not a folder' in done.value.code and '\n' not in done.value.code
 
 
+def test_without_accelerate_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(scale, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'pixart_delta_nb\[scale\]'"): start()
+
+
 @pytest.fixture
 def mixed(monkeypatch):
     "An accelerator of bfloat16 products; Accelerate keeps one state a process, which is forgotten before and after."
-    import accelerate, pixart_delta_nb.scale as scale
+    import accelerate
     forget = lambda: accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     forget()
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision='bf16')
@@ -218,26 +224,23 @@ def mixed(monkeypatch):
 
 
 def test_mixed_precision_keeps_the_frozen_teacher_in_half_and_the_student_in_full(workplace, mixed, monkeypatch):
-    from pixart_delta_nb import distill
-    seen, real = [], distill.lcd_train
-    monkeypatch.setattr(distill, 'lcd_train', lambda teacher, *args, student, **options: seen.extend((teacher, student)) or real(teacher, *args, student=student, **options))
-    pipe = distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, batch_size=2, progress=False)
-    assert [next(n.parameters()).dtype for n in seen] == [torch.bfloat16, torch.float32] and next(pipe.transformer.parameters()).dtype == torch.float32
-    assert load_pipeline(workplace/'out/pipeline').transformer.proj_out.weight.isfinite().all()
+    seen, real = [], scale.lcd_train
+    monkeypatch.setattr(scale, 'lcd_train', lambda teacher, *args, student, **options: seen.extend((teacher, student)) or real(teacher, *args, student=student, **options))
+    made = load_pipeline(distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, batch_size=2, progress=False)).transformer
+    assert [next(n.parameters()).dtype for n in seen] == [torch.bfloat16, torch.float32] and made.proj_out.weight.isfinite().all()
 
 
 def test_averaged_adapters_are_refused_where_weights_are_cut(workplace, monkeypatch):
-    monkeypatch.setattr('pixart_delta_nb.scale.is_sharded', lambda accelerator: True)
+    monkeypatch.setattr(scale, 'is_sharded', lambda accelerator: True)
     with pytest.raises(ValueError, match='mu is 0.95'): lora_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, mu=.95)
 
 
 def test_rows_come_from_shards_too(workplace):
     from PIL import Image
-    from pixart_delta_nb.shards import precompute_shards
     pictures = [{'image': Image.new('RGB', (64, 64), (i*20, 0, 0)), 'text': 'a red cube'} for i in range(8)]
-    precompute_shards(pictures, tiny_pipeline(), workplace/'shards', shard_size=4, size=64, batch=4, progress=False)
-    teach_many(workplace/'teacher', workplace/'shards', workplace/'out', 2, batch=2, progress=False)
-    assert (workplace/'out/pipeline/card.json').is_file()
+    precompute(load_pipeline(workplace/'teacher'), pictures, out=workplace/'shards', shard_size=4, size=64, progress=False)
+    made = teach_many(workplace/'teacher', workplace/'shards', workplace/'out', 2, batch_size=2, progress=False)
+    assert (made/'card.json').is_file() and not load_pipeline(made).is_student
 
 
 def test_network_without_blocks_is_refused():
@@ -245,19 +248,18 @@ def test_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match='Block'): checkpoint_blocks(checkpoint_blocks(tiny()))
 
 
-if __name__ == '__main__': work(Path(sys.argv[1]))
-
-
 def test_a_controlnet_from_folder_to_folder(workplace):
-    from pixart_delta_nb.controlnet import load_controlnet
-    from pixart_delta_nb.scale import control_many
     z = load_tensors(workplace/'rows.safetensors')['latents']
     save_tensors(workplace/'control.safetensors', {'control': z.flip(-1)})
-    control_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'control.safetensors', workplace/'out', 2, 1, batch=2, progress=False)
-    saved = load_controlnet(workplace/'out/controlnet', load_pipeline(workplace/'teacher').transformer)
+    made = control_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', workplace/'control.safetensors', 2, 1, batch_size=2, progress=False)
+    saved = load_controlnet(made, load_pipeline(workplace/'teacher').transformer)
     assert saved.adapter.controlnet_blocks[0].after_proj.weight.abs().max() > 0
 
 
-def test_a_folder_distilled_by_many_is_known_as_a_student(workplace):
-    pipe = distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, batch_size=2, omega=2., progress=False)
-    assert pipe.omega == load_pipeline(workplace/'out/pipeline').omega == 2
+def test_a_folder_distilled_by_many_is_known_as_a_student_and_is_not_distilled_again(workplace):
+    made = distill_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, guidance_scale=3., batch_size=2, progress=False)
+    assert load_pipeline(made).omega == 2
+    with pytest.raises(ValueError, match='is a student already'): distill_many(made, workplace/'rows.safetensors', workplace/'twice', 2)
+
+
+if __name__ == '__main__': work(Path(sys.argv[1]))

@@ -87,7 +87,7 @@ def test_moments_in_8_bits_are_refused_where_they_cannot_be(monkeypatch):
     monkeypatch.setattr(optimisers_module, 'find_spec', lambda name: True)
     with pytest.raises(ValueError, match='ddp.yaml'): adamw([{'params': [cut]}], .1, eight_bit=True)
     monkeypatch.setattr(optimisers_module, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='pip install bitsandbytes'): adamw([nn.Parameter(torch.zeros(2))], .1, eight_bit=True)
+    with pytest.raises(ValueError, match='pip install .pixart_delta_nb.scale'): adamw([nn.Parameter(torch.zeros(2))], .1, eight_bit=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
