@@ -112,8 +112,10 @@ def lcd_loop(
     Raises `ValueError` for an ω that the student cannot be told, weights in half precision, and a checkpoint of another run."""
     check_omega(omega, networks[0])
     generator, device = torch.Generator().manual_seed(seed), next(trained.parameters()).device
+    sized = getattr(getattr(networks[0], 'config', None), 'use_additional_conditions', False)
     def step_fn(step, steps):
         batch = data.draw(batch_size, generator).to(device)
+        if not sized: batch = batch._replace(resolution=None, aspect_ratio=None)
         w = omega if isinstance(omega, (int, float)) else torch.empty(batch_size).uniform_(*omega, generator=generator)   # (B,)
         return lcd_step(*networks, batch, alpha_bar, w, k, generator)
     def after(step, steps):
