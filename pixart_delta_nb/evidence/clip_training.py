@@ -42,8 +42,8 @@ def train_clip(
     **options, # of `training.train`, such as resume
 ) -> tuple: # Clip, and its retrieval accuracy (1 of 32) on the held-out renders
     "Render, train, test and save a CLIP of the workshop's scenes; `ValueError` for a batch of one or of too many."
-    require(count >= batch_size > 1, lambda: f'count is {count} and batch_size {batch_size}; a batch of at least 2 pairs '
-                                             'is drawn without repetition, so lower batch_size.')
+    require(count >= batch_size > 1, lambda: f'count is {count} and batch_size {batch_size}; a batch of at least 2 '
+                                             'pairs is drawn without repetition, so lower batch_size.')
     shown = options.get('progress')
     images, captions = _renders(out, seed, count, workers, shown)
     clip, generator = _fresh(captions, seed), torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'unit_range', 'features_of', 'frechet_distance', 'ImageNetF
            'bootstrap_interval', 'over_seeds', 'with_interval']
 
 # %% ../../nbs/evidence/distances.ipynb #8df40002
-import math
+import math, warnings
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -110,7 +110,9 @@ def kernel_distance(
                                 'pairs, so make two or more of each.')
     x, y = (s[:count] if network is None else features_of(s[:count], network, batch_size) for s in (real, fake))
     rows = _Rows(x.shape[1])
-    metric = KernelInceptionDistance(feature=rows, subsets=1, subset_size=count, normalize=True).to(x.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                         # it keeps all features, as it should
+        metric = KernelInceptionDistance(feature=rows, subsets=1, subset_size=count, normalize=True).to(x.device)
     metric.update(x, real=True); metric.update(y, real=False)
     return metric.compute()[0].item()
 
