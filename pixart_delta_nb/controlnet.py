@@ -17,7 +17,7 @@ from .checkpoints import put_back
 from .core import load_tensors, read_json, require, save_tensors, seed_everything, write_atomic
 from .folders import WEIGHTS, check_state, fingerprint
 from .latents import LatentDataset
-from .optimisers import warm_constant_decay
+from .optimisers import EMA, warm_constant_decay
 from .teacher import check_fields, noise_train, size_fields
 from .transformer import Block, TransformerConfig, caption_bias, check_inputs, unpatchify
 
@@ -181,10 +181,11 @@ def train_controlnet(
             'but each latent needs a control of its size: encode one picture a row.')
     seed_everything(seed)
     config = dict(num_copies=num_copies, entry=entry, wiring=wiring, teacher=fingerprint(base))
-    net = wrap(ControlNetTransformer(base.eval().to(device), num_copies, entry, wiring))
+    net = ControlNetTransformer(base.eval().to(device), num_copies, entry, wiring)
+    ema, net = EMA(net.adapter), wrap(net)                                      # the average before any cutting
     is_matrix = lambda name, p: 'transformer_block' in name and p.ndim == 2 and 'table' not in name
     options = {'schedule': warm_constant_decay(50, .6, .01), 'batch_size': 32, 'lr': 1e-3} | options
-    average = noise_train(net, net.adapter, data, out, steps, is_matrix, config, fields, seed=seed, device=device,
+    average = noise_train(net, net.adapter, ema, data, out, steps, is_matrix, config, fields, seed=seed, device=device,
                           **options)
     put_back(net.adapter, average.state_dict())
     return net.eval()
@@ -262,7 +263,7 @@ def convert_released(
             lambda: f'{path} holds something else than tensors by name, and is not opened further: choose a released '
                     'ControlNet.')
     mine, state = {k: v for k, v in held.items() if k.startswith('controlnet.')}, {}
-    require(mine, lambda: f'{path} has no tensor named controlnet.…, so it holds no ControlNet: choose a released one.')
+    require(mine, lambda: f'{path} has no tensor named controlnet.…, so it is no ControlNet: choose a released one.')
     for name, tensor in mine.items(): state |= _renamed(name, tensor)
     copies = 1 + max(int(name.split('.')[1]) for name in state if name.split('.')[1].isdigit())
     net = ControlNetTransformer(base, copies, 'released')

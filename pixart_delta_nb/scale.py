@@ -183,16 +183,8 @@ def finish_many(
     accelerator.wait_for_everyone()
 
 # %% ../nbs/15_scale.ipynb #a652c9d7
-def distill_many(
-    pipeline: str | Path | None, # folder or hub id of the teacher
-    latents, # D_z: what `open_latents` takes
-    out: str | Path, # receives checkpoint, log and, at the end, the student as out/pipeline
-    steps: int = 5000, # optimiser steps
-    guidance_scale: float = 4.5, # s = 1 + ω
-    recompute: bool = False, # activations computed twice
-    **options # of `lcd_train`
-) -> Path: # out/pipeline
-    "`stages.distill` in every process of the launcher."
+def distill_many(pipeline, latents, out, steps=5000, guidance_scale=4.5, recompute=False, **options) -> Path:
+    "`stages.distill` with its arguments in every process; recompute: activations computed twice. Returns out/pipeline."
     omega, folder = omega_of(guidance_scale), Path(out)/'pipeline'
     accelerator, opened, data, transformer = begin_many(pipeline, latents, recompute)
     student = accelerated(transformer, accelerator)
@@ -204,18 +196,11 @@ def distill_many(
     return folder
 
 # %% ../nbs/15_scale.ipynb #b9aadbc5
-def lora_many(
-    pipeline: str | Path | None, # folder or hub id of the teacher
-    latents, # D_z: what `open_latents` takes
-    out: str | Path, # receives checkpoint, log and, at the end, the adapter as out/lora
-    steps: int = 1000, # optimiser steps
-    rank: int = 32, # r, see `add_lora`
-    alpha: float = 8., # α, likewise
-    guidance_scale: float = 4.5, # s = 1 + ω
-    recompute: bool = False, # activations computed twice
-    **options # of `lora_train`
-) -> Path: # out/lora
-    "`stages.distill_lora` in every process of the launcher; `ValueError` for an averaged target where weights are cut."
+def lora_many(pipeline, latents, out, steps=1000, rank=32, alpha=8., guidance_scale=4.5, recompute=False,
+              **options) -> Path:
+    """`stages.distill_lora` with its arguments in every process; recompute: activations computed twice.
+
+    `ValueError` for an averaged target where weights are cut."""
     omega, folder = omega_of(guidance_scale), Path(out)/'lora'
     accelerator, opened, data, transformer = begin_many(pipeline, latents, recompute)
     require(not (options.get('mu') and is_sharded(accelerator)),
@@ -228,15 +213,8 @@ def lora_many(
     return folder
 
 # %% ../nbs/15_scale.ipynb #1b77346d
-def teach_many(
-    pipeline: str | Path | None, # folder or hub id of the teacher
-    latents, # D_z: what `open_latents` takes
-    out: str | Path, # receives checkpoint, log and, at the end, the teacher as out/pipeline
-    steps: int = 20000, # optimiser steps
-    recompute: bool = False, # activations computed twice
-    **options # of `train_teacher`
-) -> Path: # out/pipeline
-    "The teacher of a folder trained further in every process of the launcher."
+def teach_many(pipeline, latents, out, steps=20000, recompute=False, **options) -> Path:
+    "A teacher's folder trained further in every process; options: of `train_teacher`. Returns out/pipeline."
     folder = Path(out)/'pipeline'
     accelerator, opened, data, transformer = begin_many(pipeline, latents, recompute)
     options = {'alpha_bar': opened.alpha_bar, 'device': accelerator.device} | options
@@ -248,17 +226,8 @@ def teach_many(
     finish_many(accelerator, write, steps, **options)
     return folder
 
-def control_many(
-    pipeline: str | Path | None, # folder or hub id of the teacher
-    latents, # D_z: what `open_latents` takes
-    out: str | Path, # receives checkpoint, log and, at the end, the ControlNet as out/controlnet
-    control: str | Path | None = None, # file of the conditions' latents; None where D_z holds them
-    steps: int = 4000, # optimiser steps
-    num_copies: int = 13, # N
-    recompute: bool = False, # activations computed twice
-    **options # of `train_controlnet`
-) -> Path: # out/controlnet
-    "`stages.train_control` in every process of the launcher."
+def control_many(pipeline, latents, out, control=None, steps=4000, num_copies=13, recompute=False, **options) -> Path:
+    "`stages.train_control` in every process; control: file of the conditions' latents. Returns out/controlnet."
     folder = Path(out)/'controlnet'
     accelerator, opened, data, transformer = begin_many(pipeline, latents, recompute)
     data = data if control is None else data.with_control(control)

@@ -185,7 +185,7 @@ def controlled(
     picture, # a path, bytes, or a PIL image
     condition: str = 'edges', # what to read off the picture; 'given' if it shows the condition itself
     controlnet: str | Path | None = None # folder of `save_controlnet`; None for the shipped one
-) -> tuple: # the pipeline under control, and the condition picture (1, 3, H, W) in [-1, 1] for `generate(…, control=…)`
+) -> tuple: # the pipeline under control, and the control (1, 3, H, W) in [-1, 1] for `generate`
     """A pipeline whose next image follows a picture.
 
     `ValueError` for a condition that the ControlNet was not trained on."""

@@ -85,6 +85,7 @@ def initialise(
 def noise_train(
     network, # as in `noise_loss`
     trained: nn.Module, # the part of it whose weights move, or all of it
+    ema: EMA, # its moving average, made before weights are cut over processes
     data: LatentDataset, # D_z
     out: str | Path, # folder of checkpoint and log
     steps: int, # optimiser steps
@@ -100,7 +101,7 @@ def noise_train(
     **options # of `train`: schedule, resume, until, log, log_every, save_every, progress
 ) -> nn.Module: # the moving average of `trained`
     "Train whatever predicts noise on D_z; stops and resumes bit for bit. `ValueError` as in `train`."
-    generator, ema = torch.Generator().manual_seed(seed), EMA(trained)
+    generator = torch.Generator().manual_seed(seed)
     alpha_bar = alpha_bar_of(BETAS) if alpha_bar is None else alpha_bar
     def step_fn(step, steps):
         return noise_loss(network, data.draw(batch_size, generator), alpha_bar, generator, fields, device, bf16)
@@ -139,7 +140,7 @@ def train_teacher(
     model = model.train().requires_grad_(True).to(device)
     is_matrix = lambda name, p: name.startswith('transformer_blocks') and p.ndim == 2 and 'table' not in name
     options = {'schedule': warm_constant_decay(100, .4, .01)} | options
-    return noise_train(model, model, data, out, steps, is_matrix, {'teacher': start}, size_fields(config), seed=seed,
+    return noise_train(model, model, EMA(model), data, out, steps, is_matrix, {'teacher': start}, size_fields(config), seed=seed,
                        device=device, **options)
 
 def workshop_config(
