@@ -107,6 +107,9 @@ class DiffusersFolder:
         "Write config.json and the weights, each atomically; `ValueError` when a weight does not fit `dtype`."
         folder, dtype = Path(folder), as_dtype(dtype)
         state = {k: v.detach().to('cpu', dtype).contiguous() for k, v in self.state_dict().items()}
+        with torch.device('meta'): extra = sorted(state.keys() - type(self)(self.config).state_dict().keys())
+        require(not extra, lambda: f'The network holds {len(extra)} tensors that its config does not know, the first {extra[:1]}: '
+                                   'merge an adapter and remove it, then save.')
         broken = [k for k, v in state.items() if not v.isfinite().all()]
         require(not broken, lambda: f'{len(broken)} tensors are not finite in {dtype}, the first {broken[:1]}: '
                                     'save in torch.float32, or look for a diverged training run.')

@@ -123,6 +123,12 @@ def _finish(folder, model, network, known, facts):
     return folder
 
 # %% ../nbs/07d_pipeline.ipynb #032f6b9e
+def _begin(folder, transformer, dtype):
+    "The transformer; index and card go first, so that an interrupted save is none."
+    for name in ('model_index.json', 'card.json'):
+        if (folder/name).exists(): (folder/name).unlink()
+    write_folder(folder/'transformer', lambda to: transformer.save_pretrained(to, dtype))
+
 def _write_part(part, folder, dtype):
     "A network of another library, copied to the CPU in `dtype`; its config asks for float32."
     part = copy.deepcopy(part).cpu().to(memory_format=torch.contiguous_format)
@@ -140,8 +146,7 @@ def save_pipeline(
     folder, dtype = Path(folder), as_dtype(dtype)
     model = copy.copy(pipe)
     model.config = pipe.config | ({} if facts.get('omega') is None else {'omega': facts['omega']})
-    for name in ('model_index.json', 'card.json'): (folder/name).unlink(missing_ok=True)
-    write_folder(folder/'transformer', lambda to: pipe.transformer.save_pretrained(to, dtype))
+    _begin(folder, pipe.transformer, dtype)
     pipe.vae.register_to_config(scaling_factor=pipe.scaling_factor, _name_or_path='')      # diffusers would write the folder it came from
     with no_bars():
         for name in ('vae', 'text_encoder'): write_folder(folder/name, lambda to: _write_part(getattr(pipe, name), to, dtype))
@@ -160,8 +165,7 @@ def save_student(
     "Write a student's pipeline without loading its teacher's; `ValueError` where the teacher's folder is none, or the same."
     folder, opened = Path(folder), open_folder(like, parts=())
     require(folder.resolve() != opened.path.resolve(), lambda: f'{folder} is the folder of the teacher, whose transformer would be lost: choose another.')
-    for name in ('model_index.json', 'card.json'): (folder/name).unlink(missing_ok=True)
-    write_folder(folder/'transformer', lambda to: transformer.save_pretrained(to, dtype))
+    _begin(folder, transformer, dtype)
     for name in ('vae', 'text_encoder', 'tokenizer'): write_folder(folder/name, lambda to: link_files(opened.path/name, to))
     opened.config |= {'omega': omega, 'student': str(folder), 'card': {}}
     known = {name: digest for name, digest in read_card(opened.path).get('sha256', {}).items() if name.split('/')[0] in ('vae', 'text_encoder', 'tokenizer')}

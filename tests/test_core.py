@@ -1,8 +1,5 @@
-"Core: errors, seeds, figures, files, provenance."
-import hashlib
-import json
-import os
-import time
+"Core: errors, seeds, precision, files, messages."
+import hashlib, json, os, subprocess, sys
 
 import numpy as np
 import pytest
@@ -30,33 +27,6 @@ def test_generator_ignores_global_draws():
 @pytest.mark.parametrize('seed', [-1, 2**32, 1.5, '3'])
 def test_bad_seed_is_refused(seed):
     with pytest.raises(ValueError, match='seed is'): core.seed_everything(seed)
-
-
-def test_image_grid_places_rows_and_columns():
-    images = torch.rand(2, 3, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    fig = core.image_grid(images, ['a', 'b'], ['x', 'y', 'z'])
-    shown = torch.as_tensor(np.asarray(fig.axes[4].images[0].get_array()))        # second row, second column
-    assert torch.equal(shown, images[1, 1].permute(1, 2, 0))
-    assert [axis.get_title() for axis in fig.axes[:3]] == ['x', 'y', 'z']
-    assert [fig.axes[0].get_ylabel(), fig.axes[3].get_ylabel()] == ['a', 'b']
-
-
-def test_image_grid_takes_half_precision_with_gradient():
-    core.image_grid(torch.full((1, 1, 3, 2, 2), .5, dtype=torch.bfloat16, requires_grad=True))
-
-
-@pytest.mark.parametrize('images, message', [
-    (torch.zeros(2, 3, 4, 4), 'shape'), (torch.full((1, 1, 3, 2, 2), 1.5), 'spans'),
-    (torch.full((1, 1, 3, 2, 2), float('nan')), 'nan'), (torch.zeros(0, 1, 3, 2, 2), 'shape')])
-def test_image_grid_refuses(images, message):
-    with pytest.raises(ValueError, match=message): core.image_grid(images)
-
-
-def test_figure_style_sets_the_palette():
-    import matplotlib as mpl
-    with mpl.rc_context():
-        core.use_style()
-        assert mpl.rcParams['axes.prop_cycle'].by_key()['color'] == core.PALETTE
 
 
 def test_write_atomic_keeps_the_old_file_on_failure(tmp_path):
@@ -112,19 +82,46 @@ def test_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match='no.safetensors is missing'): core.load_tensors(tmp_path/'no.safetensors')
 
 
-def test_provenance_names_what_a_rerun_needs():
-    record = core.provenance('make table', {'noise': 1}, time.time() - 1)
-    assert set(record) == {'command', 'seeds', 'commit', 'versions', 'hardware', 'finished', 'wall_seconds'}
-    assert record['versions']['torch'] == torch.__version__ and 1 <= record['wall_seconds'] < 60
-    assert json.loads(json.dumps(record)) == record
-
-
-@pytest.mark.parametrize('started', [0, float('nan'), 1e12])
-def test_provenance_refuses_an_impossible_start(started):
-    with pytest.raises(ValueError, match='started is'): core.provenance('x', {}, started)
-
-
 def test_metadata_of_a_missing_or_damaged_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match='no.safetensors is missing'): core.load_metadata(tmp_path/'no.safetensors')
     (tmp_path/'x.safetensors').write_bytes(b'no header')
     with pytest.raises(ValueError, match='x.safetensors is damaged'): core.load_metadata(tmp_path/'x.safetensors')
+
+
+@pytest.mark.parametrize('mask', [0o022, 0o077, 0o007])
+def test_written_files_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try: path = core.save_tensors(tmp_path/'t.safetensors', {'a': torch.ones(3)})
+    finally: os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize('place, words', [('', 'is a folder'), ('file/below', 'file is a file'), ('file/deep/er', 'file is a file')])
+def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path, place, words):
+    (tmp_path/'file').touch()
+    with pytest.raises(ValueError, match=words) as error: core.save_tensors(tmp_path/place, {'a': torch.ones(3)})
+    assert '\n' not in str(error.value) and sorted(p.name for p in tmp_path.iterdir()) == ['file']
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'torch.bfloat16', torch.bfloat16])
+def test_a_precision_has_a_name(dtype): assert core.as_dtype(dtype) == torch.bfloat16
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'bf 16', '', 'nn', 3, None, torch.int32])
+def test_what_is_no_precision_is_refused(dtype):
+    with pytest.raises(ValueError, match='floating'): core.as_dtype(dtype)
+
+
+def test_a_quoted_text_is_one_short_line():
+    for text in ('a\nb', 'x'*10**6, 'word '*10**6, '\n'*10**6, ''):
+        assert '\n' not in core.one_line(text) and len(core.one_line(text)) <= 80
+    assert core.one_line('a red cube') == 'a red cube' and core.one_line('ab'*50, 10) == 'ababababa…'
+
+
+def test_warnings_and_errors_pass_an_ascii_console():
+    code = """import warnings
+from pixart_delta_nb.core import one_line, require
+warnings.warn(one_line('\\u732b \\u03c9'))
+require(False, '\\u03c9 is \\u732b')"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    assert b'UnicodeEncodeError' not in done.stderr and b'ValueError' in done.stderr and done.stderr.count(rb'\u732b') == 2
