@@ -85,6 +85,7 @@ def check_request(
             lambda: f'batch_size is {batch_size}, but a batch holds at least one image: pass 1 or more.')
     return captions, seeds
 
+# %% ../nbs/09_sampling.ipynb #24b12d17
 def check_steps(
     steps: int, # a whole number of any kind
     most: int # largest number of steps
@@ -117,6 +118,7 @@ def _told(config, pixels, count, omega):
                  'aspect_ratio': torch.full((count, 1), height/width)}
     return told if omega is None else told | {'omega': torch.full((count,), float(omega))}
 
+# %% ../nbs/09_sampling.ipynb #f2493e2d
 def _check_control(network, control, count, shape):
     "`ValueError` unless there are as many latents of condition pictures as a network that reads them needs."
     reads = 'control' in inspect.signature(network.forward).parameters
@@ -288,6 +290,7 @@ def generate(
     images.evaluations = latents.evaluations
     return images
 
+# %% ../nbs/09_sampling.ipynb #53eb1ae7
 def _encode_control(pipe, pictures, size):
     "Latents of condition pictures, scaled and cropped to the size that is drawn."
     from pixart_delta_nb.data import precompute_control

@@ -242,7 +242,7 @@ def config_from_dict(values: dict) -> TransformerConfig:
     names = [f.name for f in fields(TransformerConfig)]
     config = TransformerConfig(**{name: values[name] for name in names if values.get(name) is not None})
     cross = values.get('cross_attention_dim') or config.width
-    require(cross == config.width, lambda: f'cross_attention_dim is {cross}, not {config.width}: choose a PixArt model.')
+    require(cross == config.width, lambda: f'cross_attention_dim is {cross}, not {config.width}: choose PixArt.')
     return config
 
 # %% ../nbs/06_transformer.ipynb #61c2af59

@@ -80,7 +80,8 @@ def test_half_precision_arithmetic_would_be_worse():
     x = S.add_noise(x0, eps, ab)
     narrow = (x.half() - (1 - ab).sqrt().half() * eps.half()) / ab.sqrt().half()
     error = lambda guess: (guess.double() - x0).square().mean().sqrt()
-    assert error(narrow) > error(S.eps_to_x0(x.half(), eps.half(), ab)) > 100 * error(S.eps_to_x0(x.float(), eps.float(), ab))
+    assert error(narrow) > error(S.eps_to_x0(x.half(), eps.half(), ab)) > 100 * error(S.eps_to_x0(x.float(),
+                                                                                                  eps.float(), ab))
 
 
 def test_at_shapes_and_values():
@@ -90,7 +91,9 @@ def test_at_shapes_and_values():
 
 
 @pytest.mark.parametrize('t, message', [(torch.tensor([-1, 3]), r'\[-1, 3\]'), (torch.tensor([1, 1000]), '1000'),
-                                        (torch.tensor([1., 2.]), 'float32'), (torch.tensor([1, 2, 3]), r'\(3,\)'), (torch.tensor([]).long(), r'\(0,\)')])
+                                        (torch.tensor([1., 2.]), 'float32'), (torch.tensor([1, 2, 3]),
+                                                                              r'\(3,\)'), (torch.tensor([]).long(),
+                                                                                           r'\(0,\)')])
 def test_at_refuses(t, message):
     with pytest.raises(ValueError, match=message): S.at(PIXART, t, torch.zeros(2, 4))
 
@@ -104,7 +107,8 @@ def test_at_refuses(t, message):
     (lambda: S.add_noise(data(3, 3), data(3, 3), PIXART[:3]), 'broadcast'),
     (lambda: S.add_noise(data(3, 3), data(3, 3), PIXART[:2].reshape(2, 1)), 'broadcast'),
     (lambda: S.add_noise(data(3, 3), data(1, 3), PIXART[0]), 'must be equal'),
-    (lambda: S.to_v(data(3), data(3), torch.tensor(1.5)), r'\[0, 1\]'), (lambda: S.to_v(data(3), data(3), torch.tensor(float('nan'))), r'\[0, 1\]'),
+    (lambda: S.to_v(data(3), data(3), torch.tensor(1.5)),
+     r'\[0, 1\]'), (lambda: S.to_v(data(3), data(3), torch.tensor(float('nan'))), r'\[0, 1\]'),
     (lambda: S.snr(torch.tensor([-.1, .5])), r'\[-0.1, 0.5\]'), (lambda: S.log_snr(torch.tensor(2.)), r'\[0, 1\]'),
     (lambda: S.continuous_alpha_bar(torch.tensor([0., 999.])), 'divide timesteps'),
     (lambda: S.continuous_alpha_bar(torch.tensor(.5), beta_start=.5, beta_end=.1), 'beta_start=0.5'),
@@ -113,8 +117,12 @@ def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message): call()
 
 
-@pytest.mark.parametrize('table, message', [(S.linear_betas(), 'not betas'), (1 - PIXART, 'must decrease'), (PIXART[[3, 3, 4]], 'must decrease'),
-                                            (PIXART * 2, r'within \[0, 1\]'), (PIXART[None], r'\(1, 1000\)'), (PIXART[:0], r'\(0,\)')])
+@pytest.mark.parametrize('table, message',
+                         [(S.linear_betas(), 'not betas'), (1 - PIXART, 'must decrease'),
+                          (PIXART[[3, 3, 4]], 'must decrease'),
+                                            (PIXART * 2, r'within \[0, 1\]'), (PIXART[None],
+                                                                               r'\(1, 1000\)'), (PIXART[:0],
+                                                                                                 r'\(0,\)')])
 def test_tables_that_are_not_alpha_bar_are_refused(table, message):
     with pytest.raises(ValueError, match=message): S.check_alpha_bar(table)
     with pytest.raises(ValueError, match=message): S.at(table, torch.tensor([0]), torch.zeros(1, 4))

@@ -10,7 +10,8 @@ LINEAR = dict(beta_schedule='linear', beta_start=1e-4, beta_end=.02)
 SAMPLERS = [solvers.ddim_sample, solvers.euler_sample, solvers.heun_sample, solvers.dpm_solver_pp_2m]
 
 
-def noise(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def network(x, t): return .9 * torch.tanh(1.3 * x + t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) / 1000)
@@ -41,7 +42,8 @@ def test_dpm_timesteps_equal_diffusers(steps):
 
 @pytest.mark.parametrize('k', [20, 50, 100])
 def test_ddim_on_the_skip_grid_equals_diffusers(k):
-    theirs = reference(DDIMScheduler(**LINEAR, timestep_spacing='trailing', clip_sample=False), 1000 // k, noise(2, 4, 8, 8))
+    theirs = reference(DDIMScheduler(**LINEAR, timestep_spacing='trailing', clip_sample=False), 1000 // k,
+                       noise(2, 4, 8, 8))
     ours = solvers.ddim_sample(network, noise(2, 4, 8, 8), S.skip_grid(k).flip(0), AB)
     assert (ours - theirs).norm() < 2e-4 * theirs.norm()
 
@@ -64,7 +66,8 @@ def test_ddim_step_takes_one_time_per_image():
 def test_ddim_is_euler():
     x = noise(3, 5, dtype=torch.float64)
     grid = [999, 640, 333, 19]
-    torch.testing.assert_close(solvers.ddim_sample(network, x, grid, AB), solvers.euler_sample(network, x, grid, AB), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(solvers.ddim_sample(network, x, grid, AB), solvers.euler_sample(network, x, grid, AB),
+                               rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('sampler, order', zip(SAMPLERS, (1, 1, 2, 2)))
@@ -76,21 +79,24 @@ def test_order_of_convergence_on_gaussian_data(sampler, order):
     x = torch.tensor([1.], dtype=torch.float64)
     spread = lambda ab: (ab * std**2 + 1 - ab).sqrt()
     exact = x * spread(fine[0]) / spread(fine[-1])
-    error = [(sampler(model, x, range(N, 0, -N // n), fine, alpha_bar_end=fine[0].item()) - exact).abs() for n in (256, 512)]
+    error = [(sampler(model, x, range(N, 0, -N // n), fine, alpha_bar_end=fine[0].item()) - exact).abs() for n in (256,
+                                                                                                                   512)]
     assert abs((error[0] / error[1]).log2() - order) < .15
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_many_steps_reach_the_gaussian_answer(sampler):
     x = noise(8, 1, dtype=torch.float64)
-    torch.testing.assert_close(sampler(gauss, x, range(999, -1, -5), AB), S.gaussian_x0(x, AB[999], .5), rtol=.02, atol=1e-3)
+    torch.testing.assert_close(sampler(gauss, x, range(999, -1, -5), AB), S.gaussian_x0(x, AB[999], .5), rtol=.02,
+                               atol=1e-3)
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_one_step_returns_the_estimate_of_the_clean_data(sampler):
     x = noise(4, 3, dtype=torch.float64)
     t = torch.full((4,), 700)
-    torch.testing.assert_close(sampler(network, x, [700], AB), S.eps_to_x0(x, network(x, t), AB[700]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sampler(network, x, [700], AB), S.eps_to_x0(x, network(x, t), AB[700]), rtol=1e-9,
+                               atol=1e-12)
 
 
 @pytest.mark.parametrize('sampler, wanted', zip(SAMPLERS, (6, 6, 11, 6)))
@@ -117,7 +123,8 @@ def test_half_precision_input_is_widened_and_left_alone(sampler):
 
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
-@pytest.mark.parametrize('times, message', [([19, 999], 'must descend'), ([500, 500], 'must descend'), ([1000], '0..999'),
+@pytest.mark.parametrize('times, message',
+                         [([19, 999], 'must descend'), ([500, 500], 'must descend'), ([1000], '0..999'),
                                             ([5, -1], '0..999'), ([], 'empty'), ([500.5], 'integer')])
 def test_bad_timesteps_are_refused(sampler, times, message):
     with pytest.raises(ValueError, match=message): sampler(network, noise(2, 3), times, AB)
@@ -143,8 +150,10 @@ def test_bad_grids_are_refused(call, message):
 @pytest.mark.parametrize('sampler', SAMPLERS)
 def test_bad_tables_and_networks_are_refused(sampler):
     with pytest.raises(ValueError, match='must decrease'): sampler(network, noise(2, 3), [500], 1 - AB)
-    with pytest.raises(ValueError, match='alpha_bar_end is 0'): sampler(network, noise(2, 3), [500], AB, alpha_bar_end=0)
-    with pytest.raises(ValueError, match='learned-variance'): sampler(lambda x, t: x.repeat(1, 2), noise(2, 3), [500], AB)
+    with pytest.raises(ValueError, match='alpha_bar_end is 0'):
+        sampler(network, noise(2, 3), [500], AB, alpha_bar_end=0)
+    with pytest.raises(ValueError, match='learned-variance'):
+        sampler(lambda x, t: x.repeat(1, 2), noise(2, 3), [500], AB)
 
 
 def tensor(values): return torch.tensor(values, dtype=torch.float64)
@@ -154,12 +163,14 @@ LINE = solvers.Mixture(tensor([.3, .7]), tensor([[-1.], [.8]]), tensor([.3, .4])
 PLANE = solvers.Mixture(tensor([.25, .25, .5]), tensor([[1., 1.], [-1., 1.], [0., -1.]]), tensor([.2, .3, .25]))
 
 
-@pytest.mark.parametrize('data', [LINE, LINE.given([0]), PLANE, PLANE.given([0, 2])], ids=['line', 'line|c', 'plane', 'plane|c'])
+@pytest.mark.parametrize('data', [LINE, LINE.given([0]), PLANE, PLANE.given([0, 2])],
+                         ids=['line', 'line|c', 'plane', 'plane|c'])
 def test_mixture_noise_is_the_score_at_one_time_per_row(data):
     x, t = noise(3, data.mean.shape[1], dtype=torch.float64).requires_grad_(), torch.tensor([19, 400, 999])
     ab = S.at(AB, t, x)
     score, = torch.autograd.grad(solvers.mixture_log_prob(x, ab, data).sum(), x)
-    torch.testing.assert_close(solvers.mixture_eps(x.detach(), ab, data), -(1 - ab).sqrt() * score, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(solvers.mixture_eps(x.detach(), ab, data), -(1 - ab).sqrt() * score, rtol=1e-9,
+                               atol=1e-12)
 
 
 def test_mixture_density_integrates_to_one_and_matches_torch():
@@ -178,7 +189,8 @@ def test_mixture_mean_of_pure_noise_is_the_mean_of_the_data():
 
 def test_a_caption_of_all_clusters_is_no_caption():
     x = noise(5, 2, dtype=torch.float64)
-    torch.testing.assert_close(solvers.mixture_eps(x, AB[300], PLANE.given([0, 1, 2])), solvers.mixture_eps(x, AB[300], PLANE))
+    torch.testing.assert_close(solvers.mixture_eps(x, AB[300], PLANE.given([0, 1, 2])),
+                               solvers.mixture_eps(x, AB[300], PLANE))
 
 
 @pytest.mark.parametrize('data', [PLANE, PLANE.given([0, 2])], ids=['unconditional', 'conditional'])
@@ -186,13 +198,15 @@ def test_exact_map_does_not_depend_on_a_stop_on_the_way(data):
     field = lambda x, ab: solvers.mixture_eps(x, ab, data)
     x = noise(4, 2, dtype=torch.float64)
     halfway = solvers.pf_ode_map(field, x, AB[999], AB[300])
-    torch.testing.assert_close(solvers.pf_ode_map(field, halfway, AB[300]), solvers.pf_ode_map(field, x, AB[999]), rtol=0, atol=3e-8)
+    torch.testing.assert_close(solvers.pf_ode_map(field, halfway, AB[300]), solvers.pf_ode_map(field, x, AB[999]),
+                               rtol=0, atol=3e-8)
     torch.testing.assert_close(solvers.pf_ode_map(field, halfway, AB[300], AB[999]), x, rtol=0, atol=1e-6)
 
 
 def test_exact_map_equals_the_gaussian_closed_form():
     x = noise(6, dtype=torch.float64)
-    torch.testing.assert_close(solvers.pf_ode_map(lambda x, ab: S.gaussian_eps(x, ab, .5), x, AB[999]), S.gaussian_x0(x, AB[999], .5), rtol=0, atol=1e-8)
+    torch.testing.assert_close(solvers.pf_ode_map(lambda x, ab: S.gaussian_eps(x, ab, .5), x, AB[999]),
+                               S.gaussian_x0(x, AB[999], .5), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize('call, message', [
@@ -212,7 +226,8 @@ def test_a_wrong_schedule_is_not_cured_by_smaller_steps():
     model = lambda x, t: solvers.mixture_eps(x, AB[t[0]], LINE)                # knows the linear schedule
     x = tensor([[-1.], [.5], [1.]])
     exact = solvers.pf_ode_map(lambda x, ab: solvers.mixture_eps(x, ab, LINE), x, AB[999])
-    error = {(name, k): (solvers.ddim_sample(model, x, S.skip_grid(k).flip(0), table) - exact).square().mean().sqrt().item()
+    error = {(name,
+              k): (solvers.ddim_sample(model, x, S.skip_grid(k).flip(0), table) - exact).square().mean().sqrt().item()
              for name, table in (('right', AB), ('wrong', other)) for k in (20, 1)}
     assert error['right', 1] < error['right', 20] / 10
     assert error['wrong', 1] > error['wrong', 20] / 2 and error['wrong', 1] > 20 * error['right', 1]
@@ -221,24 +236,29 @@ def test_a_wrong_schedule_is_not_cured_by_smaller_steps():
 def test_a_caption_for_each_row_is_the_mixture_of_its_clusters():
     x, among = noise(3, 2, dtype=torch.float64), torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()
     together = solvers.mixture_eps(x, AB[300], PLANE, among)
-    alone = [solvers.mixture_eps(x[i:i + 1], AB[300], PLANE.given(among[i].nonzero().flatten().tolist())) for i in range(3)]
+    alone = [solvers.mixture_eps(x[i:i + 1], AB[300],
+                                 PLANE.given(among[i].nonzero().flatten().tolist())) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: PLANE.given([3]), 'some of 0..2'), (lambda: PLANE.given([]), 'some of 0..2'), (lambda: PLANE.given([-1]), 'some of 0..2'),
+    (lambda: PLANE.given([3]), 'some of 0..2'), (lambda: PLANE.given([]), 'some of 0..2'), (lambda: PLANE.given([-1]),
+                                                                                            'some of 0..2'),
     (lambda: solvers.mixture_eps(tensor([[0., 1.]]), AB[5], PLANE, torch.zeros(1, 3).bool()), 'a True in each row'),
     (lambda: solvers.mixture_eps(tensor([[0., 1.]]), AB[5], PLANE, torch.ones(1, 2).bool()), r'\(1, 2\)'),
-    (lambda: solvers.mixture_eps(tensor([[0., 1.]]), tensor(1.5), PLANE), r'\[0, 1\]'), (lambda: solvers.dpm_timesteps(4.), 'steps is 4.0')])
+    (lambda: solvers.mixture_eps(tensor([[0., 1.]]), tensor(1.5), PLANE),
+     r'\[0, 1\]'), (lambda: solvers.dpm_timesteps(4.), 'steps is 4.0')])
 def test_bad_captions_and_counts_are_refused(call, message):
     with pytest.raises(ValueError, match=message): call()
 
 
 def test_disagreement_14_the_teachers_fourteen_times_are_uniform():
-    assert solvers.dpm_timesteps(14).diff().unique().tolist() in ([-72, -71], [-71, -72]) and len(solvers.dpm_timesteps(14)) == 14
+    assert solvers.dpm_timesteps(14).diff().unique().tolist() in ([-72, -71], [-71, -72])
+    assert len(solvers.dpm_timesteps(14)) == 14
 
 
 def test_disagreement_17_latents_stay_float32_whatever_the_table():
     t = torch.tensor([19, 999])
     x = noise(2, 3)
-    assert AB.dtype == torch.float64 and solvers.ddim_step(x, x, S.at(AB, t, x), S.at(AB, t - 19, x)).dtype == torch.float32
+    assert AB.dtype == torch.float64
+    assert solvers.ddim_step(x, x, S.at(AB, t, x), S.at(AB, t - 19, x)).dtype == torch.float32

@@ -107,7 +107,8 @@ def test_config_has_the_keys_and_defaults_of_diffusers():
 
 
 def test_config_of_an_older_release_opens():
-    old = {'_class_name': 'Transformer2DModel', 'double_self_attention': False, 'num_vector_embeds': None, 'norm_type': 'ada_norm_single',
+    old = {'_class_name': 'Transformer2DModel', 'double_self_attention': False, 'num_vector_embeds': None,
+           'norm_type': 'ada_norm_single',
            'sample_size': 64, 'num_layers': 3, 'cross_attention_dim': 1152, 'caption_channels': 4096}
     config = config_from_dict(old)
     assert (config.num_layers, config.use_additional_conditions, config.interpolation_scale) == (3, False, 1)
@@ -138,7 +139,8 @@ def test_saves_float16_and_loads_float32_unless_told(tmp_path, model):
     model.save_pretrained(tmp_path)
     assert {v.dtype for v in load_tensors(tmp_path/WEIGHTS).values()} == {torch.float16}
     assert {p.dtype for p in PixArtTransformer.from_pretrained(tmp_path).parameters()} == {torch.float32}
-    assert {p.dtype for p in PixArtTransformer.from_pretrained(tmp_path, torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in PixArtTransformer.from_pretrained(tmp_path,
+                                                               torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 def test_a_loaded_model_trains(tmp_path, model):
@@ -161,7 +163,9 @@ def test_guidance_embedding_survives_the_folder_and_starts_silent(tmp_path, mode
     assert missing == ['adaln_single.emb.guidance_embedder.weight']
     told.save_pretrained(tmp_path, torch.float32)
     z, t, c, mask, *_ = inputs()
-    with torch.no_grad(): assert torch.equal(PixArtTransformer.from_pretrained(tmp_path)(z, t, c, mask, omega=torch.tensor([0., 3.5, 9])), model(z, t, c, mask))
+    with torch.no_grad():
+        assert torch.equal(PixArtTransformer.from_pretrained(tmp_path)(z, t, c, mask, omega=torch.tensor([0., 3.5, 9])),
+                           model(z, t, c, mask))
 
 
 def sentence(error, *words):
@@ -180,7 +184,8 @@ def sentence(error, *words):
 ], ids=['odd side', 'channels', 'scalar time', 'caption width', 'caption count', 'mask'])
 def test_bad_input_gets_one_sentence(model, change, words):
     z, t, c, mask, *_ = inputs()
-    with pytest.raises(ValueError) as error: model(**{'latents': z, 'timestep': t, 'caption': c, 'caption_mask': mask, **change})
+    with pytest.raises(ValueError) as error:
+        model(**{'latents': z, 'timestep': t, 'caption': c, 'caption_mask': mask, **change})
     assert sentence(error, *words)
 
 
@@ -197,8 +202,10 @@ def test_missing_omega_gets_one_sentence():
     assert sentence(error, 'omega')
 
 
-@pytest.mark.parametrize('change, word', [(dict(norm_type='ada_norm_zero'), 'ada_norm_zero'), (dict(cross_attention_dim=99), '99'),
-                                          (dict(_class_name='UNet2DConditionModel'), 'UNet2DConditionModel'), (dict(num_layers=0), 'num_layers')])
+@pytest.mark.parametrize('change, word',
+                         [(dict(norm_type='ada_norm_zero'), 'ada_norm_zero'), (dict(cross_attention_dim=99), '99'),
+                                          (dict(_class_name='UNet2DConditionModel'),
+                                           'UNet2DConditionModel'), (dict(num_layers=0), 'num_layers')])
 def test_foreign_config_gets_one_sentence(tmp_path, model, change, word):
     model.save_pretrained(tmp_path)
     (tmp_path/'config.json').write_text(json.dumps({**config_to_dict(model.config), **change}))
@@ -226,8 +233,11 @@ def test_a_missing_shard_gets_one_sentence(tmp_path):
     assert sentence(error, shard.name)
 
 
-@pytest.mark.parametrize('edit, word', [(lambda s: s.pop('proj_out.bias'), 'proj_out.bias'), (lambda s: s.update(stranger=torch.ones(1)), 'stranger'),
-                                        (lambda s: s.update({'proj_out.bias': torch.ones(1)}), 'shape')], ids=['missing', 'unknown', 'shape'])
+@pytest.mark.parametrize('edit, word',
+                         [(lambda s: s.pop('proj_out.bias'), 'proj_out.bias'),
+                          (lambda s: s.update(stranger=torch.ones(1)), 'stranger'),
+                                        (lambda s: s.update({'proj_out.bias': torch.ones(1)}),
+                                         'shape')], ids=['missing', 'unknown', 'shape'])
 def test_weights_that_do_not_fit_get_one_sentence(tmp_path, model, edit, word):
     model.save_pretrained(tmp_path)
     state = model.state_dict()
@@ -253,7 +263,8 @@ def test_positions_depend_on_displacement_alone():
 def test_unpatchify_undoes_unfold():
     torch.manual_seed(0)
     image = torch.randn(2, 3, 6, 8)
-    tokens = torch.nn.functional.unfold(image, 2, stride=2).transpose(1, 2).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(2)
+    tokens = torch.nn.functional.unfold(image, 2, stride=2).transpose(1, 2).unflatten(-1, (3, 4)).transpose(-1,
+                                                                                                            -2).flatten(2)
     assert torch.equal(unpatchify(tokens, 6, 8, 2), image)
 
 
@@ -264,8 +275,10 @@ def test_caption_bias_is_diffusers():
 
 
 @pytest.mark.parametrize('call, word', [
-    (lambda: position_embedding(6, 2, 2, 2, 1), 'multiple of 4'), (lambda: position_embedding(8, 0, 2, 2, 1), 'positive'),
+    (lambda: position_embedding(6, 2, 2, 2, 1), 'multiple of 4'), (lambda: position_embedding(8, 0, 2, 2, 1),
+                                                                   'positive'),
     (lambda: sinusoid(torch.zeros(2), 7), 'even'), (lambda: sinusoid(torch.zeros(2, 2), 8), r'\(2, 2\)'),
-    (lambda: unpatchify(torch.zeros(1, 6, 16), 4, 4, 2), r'\(1, 6, 16\)'), (lambda: caption_bias(torch.ones(3), torch.float32), 'one row a caption')])
+    (lambda: unpatchify(torch.zeros(1, 6, 16), 4, 4, 2),
+     r'\(1, 6, 16\)'), (lambda: caption_bias(torch.ones(3), torch.float32), 'one row a caption')])
 def test_building_blocks_refuse(call, word):
     with pytest.raises(ValueError, match=word): call()
