@@ -157,9 +157,8 @@ def check_fields(
 ) -> None:
     "`ValueError` unless the data has the fields, and captions of the network's width."
     missing = [k for k in fields if getattr(data, k) is None]
-    require(not missing, lambda: f'the data lacks {", ".join(missing)}, which the network is told: '
-            'precompute pictures in shards, which keep their sizes, and add the latents of the condition pictures for '
-            'a ControlNet.')
+    require(not missing, lambda: f'the data lacks {", ".join(missing)}, which the network is told: precompute it again, '
+            "for a ControlNet with control='edges'.")
     width = data.caption.shape[-1]
     require(config.caption_channels == width,
             lambda: f'the network reads captions of width {config.caption_channels}, but the data has {width}: '

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pixart_delta_nb.consistency import guided_eps
 from pixart_delta_nb.controlnet import ControlNetTransformer, ENTRIES, convert_released, load_controlnet, save_controlnet, train_controlnet
 from pixart_delta_nb.data import precompute_control
 from pixart_delta_nb.folders import WEIGHTS
 from pixart_delta_nb.latents import LatentDataset
 from pixart_delta_nb.pipeline import tiny_pipeline
-from pixart_delta_nb.sampling import generate, guided_eps, sample_student
+from pixart_delta_nb.sampling import generate
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig, caption_bias, unpatchify
 
 
@@ -173,7 +174,7 @@ def test_both_halves_of_a_guided_batch_are_controlled(base, inputs):
     x, t, caption, mask, control = inputs
     net, null = perturb(ControlNetTransformer(base, 2)), torch.randn(1, 1, 6).double()
     null_mask, s = torch.ones(1, 1).double(), 4.5
-    got = guided_eps(net, x, t, caption, mask, null, null_mask, s, control=control)
+    got = guided_eps(net, x, t, caption, mask, null, null_mask, s - 1, control=control)
     cond = net(x, t, caption, mask, control)[:, :4]
     uncond = net(x, t, null.expand(3, -1, -1), null_mask.expand(3, -1), control)[:, :4]
     torch.testing.assert_close(got, uncond + s*(cond - uncond))
@@ -182,11 +183,12 @@ def test_both_halves_of_a_guided_batch_are_controlled(base, inputs):
 def test_two_pictures_do_not_steer_the_two_halves_of_one_guided_image(base, inputs):
     x, t, caption, mask, control = inputs
     net, null = perturb(ControlNetTransformer(base, 1)), torch.randn(1, 1, 6).double()
-    with pytest.raises(ValueError, match='control has shape'): guided_eps(net, x[:1], t[:1], caption[:1], mask[:1], null, torch.ones(1, 1).double(), 4.5, control=control[:2])
+    with pytest.raises(ValueError, match='control has 2 rows for 1 images'):
+        guided_eps(net, x[:1], t[:1], caption[:1], mask[:1], null, torch.ones(1, 1).double(), 3.5, control=control[:2])
     with pytest.raises(ValueError, match='control has shape'): net(x[:2], t[:2], caption[:2], mask[:2], control=control[:1])
     pipe = tiny_pipeline()
     under = replace(pipe, transformer=ControlNetTransformer(pipe.transformer, 1))
-    with pytest.raises(ValueError, match='2'): generate(under, ['a red cube'], steps=1, control=torch.zeros(2, 3, 64, 64))
+    with pytest.raises(ValueError, match='2 condition pictures for 1 captions'): generate(under, ['a red cube'], steps=1, control=torch.zeros(2, 3, 64, 64))
 
 
 def test_a_network_under_control_without_a_control_is_refused(base, inputs):
