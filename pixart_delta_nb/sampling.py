@@ -296,4 +296,4 @@ def _encode_control(pipe, pictures, size):
     from pixart_delta_nb.data import precompute_control
     if pictures.ndim == 4:
         pictures = resize_and_crop(pictures, *[n*_factor(pipe) for n in latent_shape(pipe, size)[1:]])
-    return precompute_control(pipe.vae, pictures, pipe.scaling_factor)
+    return precompute_control(pipe, pictures)
