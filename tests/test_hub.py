@@ -2,17 +2,14 @@
 import json, os, shutil, struct, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from pixart_delta_nb.folders import local_folder, variant_of
-from pixart_delta_nb.pipeline import load_transformer
-from pixart_delta_nb.hub import binned_size, choose_dtype, part_map, placement, resize_and_crop
+from pixart_delta_nb.folders import fingerprint, fingerprint_of, read_weights, variant_of, weight_files
+from pixart_delta_nb.hub import binned_size, choose_dtype, local_folder, part_map, placement, resize_and_crop
 from pixart_delta_nb.text import read_sentencepiece, read_tokenizer
 from pixart_delta_nb.int8 import low_memory_pipeline
 from pixart_delta_nb.sampling import generate, initial_latents, sample_teacher
 from pixart_delta_nb.pipeline import load_pipeline
 from pixart_delta_nb.schedules import BETAS
 from pixart_delta_nb.text import encode_captions
-from pixart_delta_nb.world.language import build_text_encoder
-from pixart_delta_nb.world.autoencoder import build_vae
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
 CAPTION = 'a red cube'
@@ -45,8 +42,11 @@ def published(folder, side=32, lcm=False, pieces=True):
     net = PixArtTransformer(TransformerConfig(sample_size=side, **{k: v for k, v in SHAPE.items() if k != 'cross_attention_dim'}))
     net.save_pretrained(folder/'transformer', torch.float32)
     (folder/'transformer/config.json').write_text(json.dumps(OLD | SHAPE | {'sample_size': side}))
-    build_text_encoder(128, d_model=48, d_kv=12, num_heads=2, d_ff=64, num_layers=1).save_pretrained(folder/'text_encoder', max_shard_size='20KB' if pieces else '1GB')
-    build_vae(block_out_channels=(8, 8, 8, 8), norm_num_groups=4).save_pretrained(folder/'vae')
+    from transformers import T5Config, T5EncoderModel
+    T5EncoderModel(T5Config(vocab_size=128, d_model=48, d_kv=12, num_heads=2, d_ff=64, num_layers=1, feed_forward_proj='gated-gelu', is_encoder_decoder=False,
+                            tie_word_embeddings=False)).save_pretrained(folder/'text_encoder', max_shard_size='20KB' if pieces else '1GB')
+    diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, layers_per_block=1,
+                            norm_num_groups=4, latent_channels=4, sample_size=128, mid_block_add_attention=False).save_pretrained(folder/'vae')
     kind = diffusers.LCMScheduler if lcm else diffusers.DPMSolverMultistepScheduler
     kind(**BETAS).save_pretrained(folder/'scheduler')
     (folder/'tokenizer').mkdir()
@@ -113,15 +113,68 @@ def test_half_precision_copies_under_a_variants_name(folder, tmp_path):
 
 def test_a_variant_in_pieces(folder):
     part = folder/'transformer'
-    exact = load_transformer(part)
+    exact = PixArtTransformer.from_pretrained(part)
     from safetensors.torch import load_file, save_file
     state = load_file(part/'diffusion_pytorch_model.safetensors')
     (part/'diffusion_pytorch_model.safetensors').unlink()
     for i, names in enumerate((list(state)[:9], list(state)[9:]), 1): save_file({k: state[k] for k in names}, part/f'diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors')
-    again = load_transformer(part, torch.bfloat16)
+    again = PixArtTransformer.from_pretrained(part, torch.bfloat16)
     assert all(torch.equal(p.bfloat16(), again.state_dict()[k]) for k, p in exact.state_dict().items())
     (part/'diffusion_pytorch_model.fp16-00002-of-00002.safetensors').unlink()
-    with pytest.raises(ValueError, match='lack'): load_transformer(part)
+    with pytest.raises(ValueError, match='lack'): PixArtTransformer.from_pretrained(part)
+
+
+def test_an_index_of_a_variant_is_read(folder):
+    part = folder/'transformer'
+    exact = read_weights(part)
+    from safetensors.torch import save_file
+    (part/'diffusion_pytorch_model.safetensors').unlink()
+    names = [list(exact)[:9], list(exact)[9:]]
+    for i, some in enumerate(names, 1): save_file({k: exact[k] for k in some}, part/f'diffusion_pytorch_model.bf16-0000{i}-of-00002.safetensors')
+    where = {k: f'diffusion_pytorch_model.bf16-0000{i}-of-00002.safetensors' for i, some in enumerate(names, 1) for k in some}
+    (part/'diffusion_pytorch_model.safetensors.index.bf16.json').write_text(json.dumps({'weight_map': where}))
+    assert len(weight_files(part)) == 2 and all(torch.equal(v, exact[k]) for k, v in read_weights(part).items())
+    (part/'diffusion_pytorch_model.safetensors.index.bf16.json').write_text(json.dumps({'weight_map': where | {'x': '../elsewhere.safetensors'}}))
+    with pytest.raises(ValueError, match='outside its folder'): read_weights(part)
+
+
+def test_a_controlnet_opens_under_a_variants_name(tmp_path):
+    from pixart_delta_nb.controlnet import load_controlnet
+    from pixart_delta_nb.folders import shipped
+    shutil.copy(shipped('controlnet')/'config.json', tmp_path)
+    shutil.copy(shipped('controlnet')/'diffusion_pytorch_model.safetensors', tmp_path/'diffusion_pytorch_model.fp16.safetensors')
+    base = PixArtTransformer.from_pretrained(shipped('teacher')/'transformer')
+    one, two = (load_controlnet(f, base).adapter.state_dict() for f in (tmp_path, shipped('controlnet')))
+    assert all(torch.equal(one[k], v) for k, v in two.items())
+
+
+@pytest.mark.parametrize('pieces', [True, False])
+def test_fingerprints_survive_pieces_variants_and_precisions(tmp_path, pieces):
+    folder = published(tmp_path/'model', pieces=pieces)
+    wanted = fingerprint_of(folder/'text_encoder')
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pipe = load_pipeline(folder, dtype=dtype)
+        assert fingerprint(pipe.text_encoder) == wanted and fingerprint(pipe.vae) == fingerprint_of(folder/'vae') != wanted
+    with torch.no_grad(): next(pipe.text_encoder.parameters()).view(-1)[:8].neg_()
+    assert fingerprint(pipe.text_encoder) != wanted
+
+
+def test_a_fingerprint_reads_little(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+    save_file({'a': torch.randn(4000, 3000), 'b': torch.randn(())}, tmp_path/'model.safetensors')
+    asked = []
+    import pixart_delta_nb.folders as folders
+    monkeypatch.setattr(folders, '_digest', lambda pairs: asked.extend(start.numel() for _, start in pairs))
+    fingerprint_of(tmp_path)
+    assert sorted(asked) == [1, 1024]
+
+
+def test_a_fingerprint_notices_a_little_training():
+    network = PixArtTransformer(TransformerConfig(sample_size=32, **{k: v for k, v in SHAPE.items() if k != 'cross_attention_dim'} | {'num_attention_heads': 8}))
+    before = fingerprint(network)
+    with torch.no_grad():
+        for p in network.parameters(): p.add_(torch.randn(p.shape)*p.abs().mean()*1e-3)
+    assert fingerprint(network) != before
 
 
 def test_a_missing_piece_is_named(folder):
@@ -140,7 +193,7 @@ def test_maps_of_precisions_and_devices(folder):
     assert (pipe.text_encoder.dtype, pipe.vae.dtype, next(pipe.transformer.parameters()).dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert generate(pipe, CAPTION, 1, size=64).isfinite().all()
     with pytest.raises(ValueError, match='unet'): part_map({'unet': 'cpu'})
-    with pytest.raises(ValueError, match='cpu and cuda'): load_pipeline(folder, device='xpu')
+    with pytest.raises(ValueError, match='cpu and cuda.*mps'): load_pipeline(folder, device='mps')
 
 
 def test_a_gpu_without_bfloat16_gets_float16_and_refuses_the_other(monkeypatch):
@@ -186,7 +239,7 @@ def test_hub_id_in_the_cache_opens_without_a_network(folder, tmp_path):
     shutil.copytree(folder, repository/'snapshots'/commit)
     (repository/'refs').mkdir()
     (repository/'refs/main').write_text(commit)
-    code = 'import sys; from pixart_delta_nb.teacher import load_pipeline; print(load_pipeline("someone/tiny").config["folder"])'
+    code = 'import sys; from pixart_delta_nb.pipeline import load_pipeline; print(load_pipeline("someone/tiny").config["folder"])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'HF_HUB_CACHE': str(cache), 'HF_HUB_OFFLINE': '1'})
     assert done.returncode == 0, done.stderr[-1500:]
     assert Path(done.stdout.strip()) == repository/'snapshots'/commit

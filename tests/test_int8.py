@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from pixart_delta_nb.int8 import (Int8Linear, LiveBytes, StoredCaptions, imagined, int_product, lcd_peak,
-    load_8bit_encoder, low_memory_pipeline, paper_part, peak_memory, product_error, quantise, quantise_absmax,
+    load_8bit_encoder, low_memory_pipeline, paper_part, stage_peaks, product_error, quantise, quantise_absmax,
     tensor_bytes, training_ledger, weight_bytes)
 from pixart_delta_nb.pipeline import tiny_pipeline
 from pixart_delta_nb.sampling import sample_student
@@ -128,8 +128,8 @@ def test_imagined_restores_the_default_dtype_after_an_error():
 
 def test_freeing_moves_the_peak():
     weights, activations = {'text_encoder': 50, 'transformer': 10, 'vae': 2}, {'text_encoder': 1, 'transformer': 3, 'vae': 20}
-    assert peak_memory(weights, activations) == {'text_encoder': 63, 'transformer': 65, 'vae': 82}
-    assert peak_memory(weights, activations, free=True) == {'text_encoder': 51, 'transformer': 15, 'vae': 32}
+    assert stage_peaks(weights, activations) == {'text_encoder': 63, 'transformer': 65, 'vae': 82}
+    assert stage_peaks(weights, activations, free=True) == {'text_encoder': 51, 'transformer': 15, 'vae': 32}
 
 def test_checkpointing_saves_memory():
     assert lcd_peak(SMALL, 4) < lcd_peak(SMALL, 4, checkpointing=False)

@@ -188,6 +188,86 @@ def test_we_read_a_file_of_peft(base, stock, inputs, tmp_path, options):
     assert (call_stock(theirs, inputs) - base(*inputs)).abs().max() < 1e-5 and (base(*inputs) - before).abs().max() > 1e-2
 
 
+def of_peft(stock, folder, **options):
+    "An adapter that peft has initialised, as if trained for a moment, and saved."
+    import peft
+    torch.manual_seed(4)
+    theirs = peft.get_peft_model(stock(), peft.LoraConfig(**{'r': 4, 'target_modules': ['to_q', 'to_k', 'to_v', 'to_out.0', 'net.2']} | options)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if 'lora_' in name: p.add_(torch.randn(p.shape)*.02)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize('start', [True, False, 'gaussian', 'orthogonal'])
+def test_initialisations_that_leave_the_base_alone_are_computed(base, stock, inputs, tmp_path, start):
+    theirs = of_peft(stock, tmp_path, init_lora_weights=start)
+    load_lora(base, tmp_path)
+    assert (call_stock(theirs, inputs) - base(*inputs)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('start', ['pissa', 'pissa_niter_4', 'olora'])
+def test_initialisations_that_change_the_base_are_refused(base, stock, tmp_path, start):
+    of_peft(stock, tmp_path, init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"init_lora_weights = '{start}', which changes the base") as error: load_lora(base, tmp_path)
+    assert '\n' not in str(error.value) and not lora_layers(base)
+
+
+@pytest.mark.parametrize('start', ['corda', 'loftq', 'lora_ga', 'something of next year', 1, 0])
+def test_initialisations_that_nobody_here_knows_are_refused(adapted, base, tmp_path, start):
+    save_lora(adapted, tmp_path)
+    settings = json.loads((tmp_path/'adapter_config.json').read_text())
+    (tmp_path/'adapter_config.json').write_text(json.dumps(settings | {'init_lora_weights': start}))
+    with pytest.raises(ValueError, match='init_lora_weights'): load_lora(base, tmp_path)
+
+
+def test_a_converted_pissa_adapter_is_plain_and_computed(base, stock, inputs, tmp_path):
+    import peft
+    torch.manual_seed(4)
+    theirs = peft.get_peft_model(stock(), peft.LoraConfig(r=4, target_modules=['to_q', 'net.2'], init_lora_weights='pissa')).eval()
+    theirs.peft_config['default'].init_lora_weights = True               # as peft's documentation has it
+    theirs.save_pretrained(tmp_path/'start')
+    theirs.peft_config['default'].init_lora_weights = 'pissa'
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if 'lora_' in name: p.add_(torch.randn(p.shape)*.02)
+    wanted = call_stock(theirs, inputs)
+    theirs.save_pretrained(tmp_path/'plain', path_initial_model_for_weight_conversion=str(tmp_path/'start'))
+    load_lora(base, tmp_path/'plain')
+    assert (wanted - base(*inputs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('changes', [
+    {'use_qalora': True}, {'layer_replication': [[0, 1]]}, {'trainable_token_indices': [1]}, {'alora_invocation_tokens': [1]}, {'arrow_config': {'a': 1}},
+    {'kasa_config': {'x': 1}}, {'use_bdlora': {'n': 2}}, {'exclude_modules': ['to_q']}, {'a_key_of_next_year': True}])
+def test_unknown_settings_that_are_set_are_refused_and_unset_ones_are_not(adapted, base, inputs, tmp_path, changes):
+    save_lora(adapted, tmp_path, torch.float32)
+    settings = json.loads((tmp_path/'adapter_config.json').read_text())
+    write = lambda more: (tmp_path/'adapter_config.json').write_text(json.dumps(settings | more))
+    write(changes)
+    with pytest.raises(ValueError, match=next(iter(changes))): load_lora(base, tmp_path)
+    write(dict.fromkeys(changes))
+    load_lora(base, tmp_path)
+    assert torch.equal(base(*inputs), adapted(*inputs))
+
+
+def test_a_precision_may_be_a_name_and_files_follow_the_umask(adapted, tmp_path):
+    import os
+    before = os.umask(0o022)
+    try: save_lora(adapted, tmp_path/'a', 'bfloat16')
+    finally: os.umask(before)
+    assert {t.dtype for t in load_tensors(tmp_path/'a/adapter_model.safetensors').values()} == {torch.bfloat16}
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path/'a').iterdir()} == {0o644}
+    with pytest.raises(ValueError, match='is a file'): save_lora(adapted, tmp_path/'a/adapter_config.json')
+
+
+def test_applying_an_adapter_imports_no_sampler():
+    import subprocess, sys
+    code = 'import sys, pixart_delta_nb.lora; print([m for m in sys.modules if m in ("pixart_delta_nb.sampling", "pixart_delta_nb.pipeline", "diffusers")])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+
 def test_unset_alpha_is_pefts_eight(base, adapted, tmp_path):
     save_lora(adapted, tmp_path)
     settings = json.loads((tmp_path/'adapter_config.json').read_text())

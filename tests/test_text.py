@@ -2,7 +2,6 @@
 import json, warnings
 import pytest, torch
 from pixart_delta_nb.text import build_tokenizer, encode_captions, fallback_ids, null_caption, read_tokenizer, unknown_words
-from pixart_delta_nb.world.language import build_text_encoder
 from pixart_delta_nb.world.words import make
 
 CAPTIONS = [make(0, i)[1] for i in range(80)]
@@ -16,7 +15,9 @@ def tokenizer(): return build_tokenizer(CAPTIONS)
 def encoder(tokenizer):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return build_text_encoder(len(tokenizer), num_layers=1, d_model=48, num_heads=2, d_ff=64)
+    from transformers import T5Config, T5EncoderModel
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=48, d_kv=24, num_heads=2, d_ff=64, num_layers=1, feed_forward_proj='gated-gelu',
+                                   is_encoder_decoder=False, tie_word_embeddings=False)).eval()
 
 
 @pytest.fixture
