@@ -120,6 +120,6 @@ def save_figure(
     "Write a figure, atomically; equal figures give equal bytes."
     from matplotlib import rc_context
     path = Path(stem).with_suffix('.webp' if pictures else '.svg')
-    options = {'dpi': 110, 'pil_kwargs': {'quality': 90}} if pictures else {'metadata': {'Date': None}}
+    options = {'dpi': 128, 'pil_kwargs': {'quality': 90}} if pictures else {'metadata': {'Date': None}}
     with rc_context({'svg.hashsalt': 'pixart_delta_nb'}):
         return write_atomic(path, lambda p: fig.savefig(p, format=path.suffix[1:], bbox_inches='tight', **options))
