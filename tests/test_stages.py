@@ -158,7 +158,7 @@ def test_one_picture_of_a_user_takes_charge(place, tmp_path, pictures):
     made = train_control(place/'teacher', data, tmp_path, **CONTROL)
     pipe, drawing = tiny_pipeline(), Image.fromarray(pictures[0].permute(1, 2, 0).numpy())
     steered, shown = controlled(pipe, drawing, controlnet=made)
-    assert torch.equal(shown, extract(pictures[:1]/255, 'edges')) and generate(steered, ['a cube'], steps=1, control=shown).shape == (1, 3, 64, 64)
+    assert torch.allclose(shown, extract(pictures[:1]/255, 'edges'), atol=1e-4) and generate(steered, ['a cube'], steps=1, control=shown).shape == (1, 3, 64, 64)
     assert torch.allclose(controlled(pipe, drawing, 'given', made)[1], pictures[:1]/127.5 - 1, atol=1e-6)
     with pytest.raises(ValueError, match='was trained on edges'): controlled(pipe, drawing, 'depth', made)
 
