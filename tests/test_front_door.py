@@ -6,7 +6,7 @@ import pixart_delta_nb
 
 HEAVY = ('diffusers', 'transformers', 'matplotlib', 'torchmetrics', 'scipy', 'accelerate', 'bitsandbytes', 'peft', 'ipywidgets', 'psutil',
          'torchvision', 'datasets', 'efficientnet_lite_pytorch', 'typer')
-LIBRARY = sorted(p.stem for p in Path(pixart_delta_nb.__file__).parent.glob('*.py') if p.stem not in ('__init__', '_modidx', 'cli'))
+LIBRARY = sorted(p.stem for p in Path(pixart_delta_nb.__file__).parent.glob('*.py') if p.stem not in ('__init__', '_modidx', 'cli', 'console'))
 
 
 def loaded_after(code):
