@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from ..conditions import CONDITIONS, check_condition, extract
 from ..core import catch_stop, load_metadata, load_tensors, progress, require, save_tensors, write_atomic
-from ..data import open_latents, pixels, precompute, precompute_control, save_latents
+from ..data import open_latents, precompute, precompute_control, save_latents
 from ..folders import load_part
 from ..latents import LatentDataset
-from .autoencoder import train_vae
+from .autoencoder import pixels, train_vae
 from .language import train_text_encoder
 from .scenes import render_many, stream_scenes
 from .truths import truth
@@ -120,8 +120,8 @@ def encode_scenes(
 ) -> LatentDataset: # its scaling factor is 1/std of its latents
     "D_z for a new teacher."
     parts = SimpleNamespace(vae=vae, tokenizer=tokenizer, text_encoder=text_encoder, scaling_factor=1.)
-    size = pixels(scenes.images, 0).shape[-1]
-    data = precompute(parts, scenes.images, scenes.captions, size=size, world=scenes.seed)
+    captions = scenes.captions if isinstance(scenes.images, Tensor) else None            # a data set has its own
+    data = precompute(parts, scenes.images, captions, world=scenes.seed)
     scale = 1/data.z.float().std().item()
     return dataclasses.replace(data, z=data.z*scale, facts=data.facts | {'scaling_factor': scale})
 
