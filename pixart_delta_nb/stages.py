@@ -133,7 +133,8 @@ def encode_control(
     pictures, # data set: `len()`, and [i] → (3, H, W) in [-1, 1]
     pipe, # with vae and scaling_factor
     path: str | Path, # file that keeps the latents for a resumed run
-    batch_size: int = 64 # pictures in memory at once
+    batch_size: int = 64, # pictures in memory at once
+    shown: bool | None = None # False for silence
 ) -> LatentDataset: # D_z with control
     """Latents of the condition pictures beside those of the pictures.
 
@@ -141,7 +142,7 @@ def encode_control(
     check_world(data, pictures)
     key = {'data': data.fingerprint, 'first': str(precompute_control(pipe, pictures[0][None]).sum().item())}
     if not Path(path).is_file() or any(load_metadata(path).get(k) != v for k, v in key.items()):
-        starts = progress(range(0, len(data), batch_size), desc='condition pictures')
+        starts = progress(range(0, len(data), batch_size), desc='condition pictures', shown=shown)
         rows = lambda start: torch.stack([pictures[i] for i in range(start, min(start + batch_size, len(data)))])
         save_tensors(path, {'control': torch.cat([precompute_control(pipe, rows(start)) for start in starts])}, key)
     return data.with_control(path)
@@ -151,8 +152,7 @@ def train_control(
     pipeline: str | Path | None, # folder or hub id of the teacher; None for the shipped one
     latents, # D_z: what `open_latents` takes; with control, unless `control` is given
     out: str | Path, # receives checkpoint, log and, at the end, the ControlNet as out/controlnet
-    # data set of condition pictures, `len()` and [i] → (3, H, W) in [-1, 1]; None for those of `precompute(control=…)`
-    control=None,
+    control=None, # condition pictures, `len()` and [i] → (3, H, W) in [-1, 1]; None for those in the latents
     condition: str | None = None, # what the pictures show, for the card; None for what the latents say
     steps: int = 4000, # optimiser steps
     num_copies: int = 7, # N
@@ -164,7 +164,8 @@ def train_control(
     `ValueError` as in `open_stage`, and where conditions and latents do not belong together."""
     opened, data, teacher = open_stage(pipeline, latents)
     if control is not None:
-        data = encode_control(data, control, autoencoder_of(opened, device), Path(out)/'control.safetensors')
+        kept, encoder = Path(out)/'control.safetensors', autoencoder_of(opened, device)
+        data = encode_control(data, control, encoder, kept, shown=options.get('progress'))
     condition = condition or data.facts.get('control') or 'edges'
     net = train_controlnet(teacher, data, out, steps, num_copies, device=device, alpha_bar=opened.alpha_bar, **options)
     if finished(steps, **options):
