@@ -1,20 +1,25 @@
 """Ablation of the ControlNet: runs that resume, sentences that follow from numbers, figures from stored numbers alone."""
-import json
-import pytest, torch
+import inspect, json
+
+import pytest
+import torch
+
+from pixart_delta_nb.controlnet import ControlNetTransformer
+from pixart_delta_nb.evidence import control, control_runs, fig5, fig6, fig12, runs
 from pixart_delta_nb.evidence.control import draw_control, run_control
-from pixart_delta_nb.evidence.control_cost import draw_control_cost, run_control_cost, tell_control_cost
-from pixart_delta_nb.evidence.fig12 import run_fig12
+from pixart_delta_nb.evidence.control_runs import MARKS, RUNS, control_snapshots, held_out, obey, run_folder
 from pixart_delta_nb.evidence.fig5 import draw_fig5, ends, run_fig5, tell_fig5
 from pixart_delta_nb.evidence.fig6 import draw_fig6, jumps, run_fig6, tell_fig6
-from pixart_delta_nb.evidence.control_runs import RUNS, control_data, control_snapshots, held_out, obey, run_folder
+from pixart_delta_nb.evidence.fig12 import run_fig12
 from pixart_delta_nb.evidence.kit import tiny_kit
+from pixart_delta_nb.world.recipes import scene_data
 
 
 @pytest.fixture(scope='module')
 def kit(): return tiny_kit()
 
 @pytest.fixture(scope='module')
-def data(kit): return control_data(kit.teacher, count=4)
+def data(kit): return scene_data(kit.teacher, 4, condition='edges')
 
 def scores(full, none): # of one examination
     return [{'captions': told, 'method': m, 'fidelity': v, 'accuracy': .9} for told, v in (('full', full), ('none', none)) for m in ('student 4', 'teacher 14')]
@@ -30,8 +35,8 @@ def test_runs_are_those_of_the_report():
 def test_folders_of_runs_differ(tmp_path): assert len({run_folder(tmp_path, name, s) for name in RUNS for s in (0, 1)}) == 2*len(RUNS)
 
 def test_a_run_in_segments_is_the_run_in_one_piece(kit, data, tmp_path):
-    paused = dict(control_snapshots(kit.teacher, data, tmp_path/'a', (0, 1, 3), num_copies=1, batch=2))
-    through = dict(control_snapshots(kit.teacher, data, tmp_path/'b', (3,), num_copies=1, batch=2))
+    paused = dict(control_snapshots(kit.teacher, data, tmp_path/'a', (0, 1, 3), num_copies=1, batch_size=2))
+    through = dict(control_snapshots(kit.teacher, data, tmp_path/'b', (3,), num_copies=1, batch_size=2))
     assert all(torch.equal(a, b) for a, b in zip(paused[3].adapter.state_dict().values(), through[3].adapter.state_dict().values()))
 
 def test_step_zero_is_the_floor(kit, tmp_path):
@@ -67,24 +72,46 @@ def test_a_jump_is_told_from_a_ramp():
     ramp, step, flat = torch.linspace(0, 1, 5), torch.tensor([0., 0, 1, 1, 1]), torch.full((5,), .3)
     assert jumps({'values': torch.stack([ramp, step, flat], 1).tolist()}) == pytest.approx([.25, 1.])
 
-def test_the_floor_closes_no_gap_and_a_wider_tolerance_never_hurts(kit, tmp_path, monkeypatch):
-    from pixart_delta_nb import control
-    (_, net), = control_snapshots(kit.teacher, None, tmp_path/'run', (0,), num_copies=1)
-    control.save_controlnet(net, tmp_path/'controlnet', condition='edges')
-    monkeypatch.setattr(control, 'shipped', lambda name: tmp_path/name)
-    found = json.loads(json.dumps(run_control(kit, images=2)))
-    assert len(found['rows']) == 8 and {r['closed_1'] for r in found['rows'] if r['scale'] == 0} == {0.}
+def test_the_floor_closes_no_gap_and_a_wider_tolerance_never_hurts(kit):
+    found = json.loads(json.dumps(run_control(kit, images=2, net=ControlNetTransformer(kit.teacher.transformer, 1).eval())))
+    assert len(found['rows']) == 8 and {r['closed_1'] for r in found['rows']} == {0.}      # a fresh ControlNet closes none either
     assert all(r['fidelity_1'] <= r['fidelity_2'] + 1e-6 for r in found['rows']) and len(draw_control(found).axes[0].get_yticklabels()) == 4
 
+def test_the_shipped_controlnet_is_what_is_measured_by_default(kit, tmp_path, monkeypatch):
+    control_runs.save_controlnet(ControlNetTransformer(kit.teacher.transformer, 1), tmp_path/'controlnet', condition='edges')
+    monkeypatch.setattr(control, 'shipped', lambda name: tmp_path/name)
+    assert len(run_control(kit, images=2, ends=(('student', 1),))['rows']) == 4
+
+def test_a_network_that_obeys_closes_the_whole_gap(kit, monkeypatch):
+    honest = control.obey
+    monkeypatch.setattr(control, 'obey', lambda kit, net, paper, *a, scale: paper['renders'] if scale else honest(kit, net, paper, *a, scale=scale))
+    off, on, *_ = run_control(kit, images=2, net=ControlNetTransformer(kit.teacher.transformer, 1), ends=(('student', 1),))['rows']
+    assert (off['closed_1'], on['closed_1']) == (0, pytest.approx(1)) and on['fidelity_1'] == on['ceiling_1']
+
+def test_depth_and_masks_have_no_tolerance(kit):
+    net = ControlNetTransformer(kit.teacher.transformer, 1)
+    rows = run_control(kit, images=2, condition='segmentation', net=net, ends=(('student', 1),), tolerances=(1,))['rows']
+    assert all(0 <= r['fidelity_1'] <= 1 for r in rows)
+
+def test_a_condition_that_scenes_do_not_have_is_refused(kit):
+    with pytest.raises(ValueError, match='condition is'): run_control(kit, images=2, condition='hed')
+
+def test_captions_none_hides_the_words_and_control_is_a_row_an_image(kit, monkeypatch):
+    heard, honest = [], control_runs.generate
+    monkeypatch.setattr(control_runs, 'generate', lambda pipe, captions, *a, **o: heard.append((captions, o)) or honest(pipe, captions, *a, **o))
+    net, paper = ControlNetTransformer(kit.teacher.transformer, 1), held_out(2)
+    for told in control_runs.CAPTIONS: obey(kit, net, paper, told, steps=1)
+    assert [captions for captions, _ in heard] == [paper['captions'], ['', '']]
+    assert all(o['control'] is paper['given'] and o['conditioning_scale'] == 1 for _, o in heard)
+
+@pytest.mark.parametrize('run', [fig5.run_fig5, fig6.run_fig6, fig12.run_fig12], ids=lambda run: run.__name__)
+def test_figures_of_control_look_at_the_marks_of_control(run):
+    assert inspect.signature(run).parameters['marks'].default == MARKS != runs.MARKS
+
 def test_figure_6_keeps_values_and_pictures(kit, data, tmp_path):
-    found = json.loads(json.dumps(run_fig6(kit, tmp_path, data, 'Transformer, N = 1', (0, 1), images=2, shown=1, batch=2)))
+    found = json.loads(json.dumps(run_fig6(kit, tmp_path, data, 'Transformer, N = 1', (0, 1), images=2, shown=1, batch_size=2)))
     assert (len(found['values']), len(found['values'][0]), found['columns']) == (2, 2, ['edges', '0', '1'])
     assert len(draw_fig6(found).subfigs) == 2 and isinstance(tell_fig6(found), str)
 
 def test_nothing_sudden_is_said_of_images_that_do_not_rise():
     assert 'nothing to call sudden' in tell_fig6({'values': [[.5, .5], [.5, .55]], 'ceiling': [1., 1.], 'marks': [0, 1]})
-
-def test_cost_counts_parameters_and_keeps_evaluations(kit):
-    found = run_control_cost(kit, copies=(1, 99), batch=1, repeats=1)
-    assert [r['num_copies'] for r in found['rows']] == [1] and 'Evaluations added: none' in tell_control_cost(found)
-    assert len(draw_control_cost(found).axes[0].lines) == 2
