@@ -21,6 +21,7 @@ from .hub import open_folder
 from .latents import LatentDataset
 from .lcm_lora import lora_train
 from .lora import add_lora, save_lora
+from .pictures import read_picture
 from .pipeline import save_student
 from .transformer import PixArtTransformer
 
@@ -196,6 +197,6 @@ def controlled(
             lambda: f'condition is {condition}, but the ControlNet was trained on {trained}: pass that, or given for a '
                     'picture that shows it already.')
     size = config.sample_size*2**(len(pipe.vae.config.block_out_channels) - 1)
-    shown = load_picture(picture, size)
-    if condition != 'given': shown = extract((shown/2 + .5).clamp(0, 1), condition)
-    return replace(pipe, transformer=net), shown
+    if condition == 'given': return replace(pipe, transformer=net), load_picture(picture, size)
+    photograph = read_picture(picture, size)[None]                              # (1, 3, H, W)
+    return replace(pipe, transformer=net), extract((photograph/2 + .5).clamp(0, 1), condition)

@@ -1,19 +1,14 @@
-"The teacher's loss, its initial network, and its training loop."
+"The teacher's loss, its initial network, its training loop, and what they refuse."
+from dataclasses import replace
 import pytest, torch
-from pixart_delta_nb.data import precompute
-from pixart_delta_nb.schedules import BETAS, alpha_bar_of
-from pixart_delta_nb.pipeline import Pipeline
-from pixart_delta_nb.teacher import drop_captions, initialise, loss_weight, train_teacher
-from pixart_delta_nb.text import build_tokenizer, encode_captions, null_caption
+from pixart_delta_nb.latents import LatentDataset
+from pixart_delta_nb.schedules import BETAS, alpha_bar_of, at
+from pixart_delta_nb.teacher import drop_captions, initialise, loss_weight, noise_loss, train_teacher
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
-from pixart_delta_nb.world.autoencoder import build_vae
-from pixart_delta_nb.world.language import build_text_encoder
-from pixart_delta_nb.world.words import make
 
-SMALL_VAE = dict(block_out_channels=(8,)*4, norm_num_groups=4, sample_size=64)
-SMALL_T5 = dict(num_layers=1, d_model=48, num_heads=2, d_ff=64)
 SMALL = TransformerConfig(num_attention_heads=3, attention_head_dim=16, num_layers=1, sample_size=8, caption_channels=48, use_additional_conditions=False)
-CAPTIONS = [make(0, i)[1] for i in range(80)]
+ALPHA_BAR = alpha_bar_of(BETAS)
+START = loss_weight(ALPHA_BAR).mean().item()
 
 
 @pytest.fixture(autouse=True)
@@ -22,18 +17,10 @@ def one_thread():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope='module')
-def pipe():
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(CAPTIONS)
-    return Pipeline(build_vae(**SMALL_VAE), tokenizer, build_text_encoder(len(tokenizer), **SMALL_T5), PixArtTransformer(SMALL), alpha_bar_of(BETAS), .7, {'betas': BETAS})
-
-
 @pytest.fixture
-def inputs(pipe):
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    h, mask = encode_captions(pipe.tokenizer, pipe.text_encoder, CAPTIONS[:2])
-    return x, torch.tensor([999, 19]), h, mask, *null_caption(pipe.tokenizer, pipe.text_encoder)
+def data():
+    g = torch.Generator().manual_seed(1)
+    return LatentDataset(torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 3, 48, generator=g), torch.ones(4, 3, dtype=torch.bool), torch.randn(1, 1, 48, generator=g))
 
 
 def test_loss_weight():
@@ -41,47 +28,78 @@ def test_loss_weight():
     assert torch.allclose(loss_weight(ab), .5 + ((1 - ab)/ab).clamp_max(5.))
 
 
-def test_initial_network_predicts_zero(inputs):
-    assert initialise(PixArtTransformer(SMALL))(*inputs[:4]).abs().max() == 0
+def test_initial_network_predicts_zero(data):
+    assert initialise(PixArtTransformer(SMALL))(data.z, torch.tensor([1, 19, 500, 999]), data.caption, data.mask).abs().max() == 0
 
 
-def test_dropped_captions_are_the_null_caption(inputs):
-    _, _, h, mask, null, _ = inputs
-    h2, m2 = drop_captions(h, mask, null, torch.Generator().manual_seed(0), rate=1.)
-    assert torch.equal(h2[:, :1], null.expand(2, -1, -1)) and m2.sum().item() == 2 and mask.sum() > 2
+def test_dropped_captions_are_the_null_caption(data):
+    h, m = drop_captions(data.caption, data.mask, data.null, torch.Generator().manual_seed(0), rate=1.)
+    assert torch.equal(h[:, :1], data.null.expand(4, -1, -1)) and m.sum().item() == 4 and data.mask.sum() == 12
+    kept, m = drop_captions(data.caption, data.mask, data.null, torch.Generator().manual_seed(0), rate=0.)
+    assert torch.equal(kept, data.caption) and torch.equal(m, data.mask)
 
 
-def test_precompute_scales_latents(pipe, tmp_path):
-    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = precompute(pipe.vae, pipe.tokenizer, pipe.text_encoder, images, CAPTIONS[:5], tmp_path/'data.safetensors', batch=2)
-    assert abs(data['latents'].std().item() - 1) < 1e-3 and data['latents'].shape == (5, 4, 8, 8) and (tmp_path/'data.safetensors').is_file()
+def test_a_null_caption_of_several_words_brings_its_own_masks(data):
+    null, rows = torch.randn(1, 5, 48), torch.arange(5) < torch.tensor([[1], [2], [3], [5]])
+    h, m = drop_captions(data.caption, data.mask, null, torch.Generator(), 1., rows)
+    assert torch.equal(h, null.expand(4, -1, -1)) and torch.equal(m, rows)
+    h, m = drop_captions(data.caption, data.mask, null, torch.Generator(), 0., rows)
+    assert torch.equal(h[:, :3], data.caption) and h.shape == (4, 5, 48) and m.sum(1).tolist() == [3]*4
 
 
-def test_teacher_resumes_bit_exact(tmp_path, inputs):
-    _, _, h, mask, null, _ = inputs
-    data = {'latents': torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), 'captions': h, 'mask': mask, 'null': null}
-    kw = dict(steps=6, config=SMALL, batch=4, progress=False)
+def test_the_loss_of_an_exact_network_is_zero_and_that_of_silence_the_mean_weight(data):
+    grey, g = replace(data, z=torch.zeros(4, 4, 8, 8)), torch.Generator().manual_seed(0)
+    exact = lambda x, t, caption, mask: x/(1 - at(ALPHA_BAR, t, x)).sqrt()
+    assert noise_loss(exact, grey.draw(64, g), ALPHA_BAR, g) < 1e-8
+    assert noise_loss(lambda x, *rest: 0*x, grey.draw(512, g), ALPHA_BAR, g).item() == pytest.approx(START, rel=.1)
+
+
+def test_a_network_in_half_precision_is_given_its_own_and_its_loss_is_in_full(data):
+    g = torch.Generator().manual_seed(0)
+    loss = noise_loss(PixArtTransformer(SMALL).bfloat16(), data.draw(3, g), ALPHA_BAR, g)
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_teacher_resumes_bit_exact(data, tmp_path):
+    kw = dict(steps=6, config=SMALL, batch_size=4, progress=False)
     a = train_teacher(data, tmp_path/'a', **kw)
     train_teacher(data, tmp_path/'b', until=3, **kw)
     b = train_teacher(data, tmp_path/'b', resume=True, **kw)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
 
 
-def test_teacher_with_micro_conditions_is_told_the_sizes(tmp_path):
-    from dataclasses import replace
-    g = torch.Generator().manual_seed(1)
-    data = {'latents': torch.randn(4, 4, 8, 8, generator=g), 'captions': torch.randn(4, 3, 48, generator=g), 'mask': torch.ones(4, 3, dtype=torch.bool), 'null': torch.zeros(1, 1, 48)}
-    kw = dict(steps=3, config=replace(SMALL, use_additional_conditions=True), batch=4, progress=False)
-    with pytest.raises(ValueError, match='micro-conditions'): train_teacher(data, tmp_path/'none', **kw)
-    sizes = [{'resolution': torch.full((4, 2), s), 'aspect_ratio': torch.ones(4, 1)} for s in (64., 512.)]
-    a, b = (train_teacher(data | s, tmp_path/str(i), **kw) for i, s in enumerate(sizes))
+def test_a_run_goes_on_with_its_own_data_and_start_alone(data, tmp_path):
+    start, kw = PixArtTransformer(SMALL), dict(steps=4, batch_size=2, progress=False)
+    before = {k: v.clone() for k, v in start.state_dict().items()}
+    train_teacher(data, tmp_path, transformer=start, until=2, **kw)
+    assert all(torch.equal(before[k], v) for k, v in start.state_dict().items())
+    with pytest.raises(ValueError, match='data = '): train_teacher(replace(data, z=-data.z), tmp_path, transformer=start, resume=True, **kw)
+    with pytest.raises(ValueError, match='teacher = '): train_teacher(data, tmp_path, transformer=PixArtTransformer(SMALL), resume=True, **kw)
+    with pytest.raises(ValueError, match='teacher = .* not None'): train_teacher(data, tmp_path, config=SMALL, resume=True, **kw)
+    with pytest.raises(ValueError, match='choose another folder'): train_teacher(data, tmp_path, transformer=start, **kw)
+
+
+def test_teacher_with_micro_conditions_is_told_the_sizes(data, tmp_path):
+    kw = dict(steps=3, config=replace(SMALL, use_additional_conditions=True), batch_size=4, progress=False)
+    with pytest.raises(ValueError, match='lacks resolution, aspect_ratio'): train_teacher(data, tmp_path/'none', **kw)
+    sizes = [dict(resolution=torch.full((4, 2), s), aspect_ratio=torch.ones(4, 1)) for s in (64., 512.)]
+    a, b = (train_teacher(replace(data, **s), tmp_path/str(i), **kw) for i, s in enumerate(sizes))
     moved = [n for (n, p), q in zip(a.named_parameters(), b.parameters()) if not torch.equal(p, q)]
     assert any('resolution_embedder' in n for n in moved)
 
 
-def test_first_loss_is_the_mean_weight(tmp_path, inputs):
-    _, _, h, mask, null, _ = inputs
-    data = {'latents': torch.randn(2, 4, 8, 8), 'captions': h, 'mask': mask, 'null': null}
+def test_sizes_and_control_in_the_data_do_not_disturb_a_network_without(data, tmp_path):
+    more = replace(data, resolution=torch.full((4, 2), 64.), aspect_ratio=torch.ones(4, 1), control=data.z)
+    kw = dict(steps=2, config=SMALL, batch_size=4, progress=False)
+    a, b = train_teacher(data, tmp_path/'a', **kw), train_teacher(more, tmp_path/'b', **kw)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_captions_of_another_width_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match='captions of width 48, but the data has 6'): train_teacher(replace(data, caption=torch.randn(4, 3, 6)), tmp_path, config=SMALL)
+
+
+def test_first_loss_is_the_mean_weight(data, tmp_path):
     log = []
-    train_teacher(data, tmp_path, steps=1, config=SMALL, batch=512, log=log.append, progress=False)
-    assert abs(log[0]['loss']/loss_weight(alpha_bar_of(BETAS)).mean().item() - 1) < .1
+    train_teacher(data, tmp_path, steps=1, config=SMALL, batch_size=512, log=log.append, progress=False)
+    assert log[0]['loss'] == pytest.approx(START, rel=.1)
