@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tar_items', 'row_item', 'parquet_items', 'saved_items']
 
-# %% ../nbs/05ba_archives.ipynb #a2891206
+# %% ../nbs/05ba_archives.ipynb #eefa9158
 import json, os, tarfile
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import require
 from .pictures import IMAGE_SUFFIXES, Item, reason, text_or_reason
 
-# %% ../nbs/05ba_archives.ipynb #05756274
+# %% ../nbs/05ba_archives.ipynb #3f5cc91c
 def _stem(name): return os.path.splitext(name)[0]
 def _suffix(name): return os.path.splitext(name)[1].lower()
 def _key(name): return os.path.join(os.path.dirname(name), os.path.basename(name).split('.')[0])
@@ -44,7 +44,7 @@ def _samples(where, key, fields):
         caption, why = _tar_caption(mine)
         yield Item(f'{where}/{key}', fields[name], caption, why, key)
 
-# %% ../nbs/05ba_archives.ipynb #22b3c0eb
+# %% ../nbs/05ba_archives.ipynb #99a4671c
 def _members(tar):
     "(name, bytes) of the members that matter; (None, reason) where the archive is broken."
     end = 0
@@ -61,7 +61,7 @@ def _members(tar):
     if end == 0: yield None, 'not a tar file'
     elif len(tar.fileobj.read(512)) < 512: yield None, 'without its end: it may have been cut off'
 
-# %% ../nbs/05ba_archives.ipynb #785b01e3
+# %% ../nbs/05ba_archives.ipynb #d2cbed2e
 def tar_items(
     path: Path, # of a tar file, compressed or not
 ): # items
@@ -80,7 +80,7 @@ def tar_items(
     if fields: yield from _samples(path.name, key, fields)
     yield from (Item(path.name, why=why) for why in broken)
 
-# %% ../nbs/05ba_archives.ipynb #7c5da8e3
+# %% ../nbs/05ba_archives.ipynb #6daefd01
 def row_item(
     row, # {image, text, …}
     name: str, # for reports
@@ -89,7 +89,7 @@ def row_item(
 ) -> Item:
     "The item of a row of a table."
     if not isinstance(row, Mapping):
-        return Item(name, why=f'a {type(row).__name__}, but a row is a dict with {image} and {text}')
+        return Item(name, why=f'of type {type(row).__name__}, but a row is a dict with {image} and {text}')
     if image not in row: return Item(name, why=f'no column {image} among {", ".join(map(str, row))}'[:200])
     return Item(name, row[image], row.get(text) or row.get('caption'))
 
@@ -107,7 +107,7 @@ def _parquet_rows(path):
             for batch in file.iter_batches(64, row_groups=[part]): yield from batch.to_pylist()
         except Exception as error: yield f'part {part + 1} of {file.num_row_groups}: {reason(error)}'
 
-# %% ../nbs/05ba_archives.ipynb #97d26152
+# %% ../nbs/05ba_archives.ipynb #596138a4
 def _arrow_rows(path):
     "Rows of an Arrow file of `save_to_disk`, pictures still undecoded; a reason, as str, where it cannot be read."
     require(find_spec('datasets') is not None,
@@ -126,7 +126,7 @@ def _table_items(path, rows, image, text):
         if isinstance(row, str): yield Item(path.name, why=row)
         else: yield row_item(row, f'{path.name} row {i}', image, text)
 
-# %% ../nbs/05ba_archives.ipynb #b61aa598
+# %% ../nbs/05ba_archives.ipynb #b038c327
 def parquet_items(path: Path, image: str = 'image', text: str = 'text'):
     "Items of a Parquet file, and an item with a reason for each part that cannot be read."
     yield from _table_items(path, _parquet_rows(path), image, text)

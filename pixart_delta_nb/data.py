@@ -6,7 +6,7 @@
 __all__ = ['ARCHIVES', 'KINDS', 'FIELDS', 'read_source', 'source_name', 'save_latents', 'open_latents', 'facts_of',
            'precompute_control', 'precompute']
 
-# %% ../nbs/05e_data.ipynb #209ba187
+# %% ../nbs/05e_data.ipynb #c6b04d4b
 import itertools, json, sys, time, warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from .archives import parquet_items, row_item, saved_items, tar_items
-from .core import as_dtype, catch_stop, load_metadata, load_tensors, progress as bar, require, save_tensors
+from .core import as_dtype, catch_stop, load_metadata, load_tensors, progress as bar, require
+from .core import save_tensors
 from .encoding import decoded, encode_pictures, encode_rows, keyed
 from .folders import fingerprint
 from .latents import LatentDataset
@@ -24,7 +25,7 @@ from .sources import FolderDataset, folder_items, visible_files
 from .text import encode_captions, null_caption
 from .writing import write_shards
 
-# %% ../nbs/05e_data.ipynb #c827e621
+# %% ../nbs/05e_data.ipynb #d718d2c0
 ARCHIVES = ('.tar', '.tgz', '.gz', '.parquet')
 KINDS = 'a folder of pictures, of .tar or .parquet files or of a saved data set, a .tar or a .parquet'
 
@@ -32,9 +33,11 @@ def _folder_items(path, image, text):
     "Items of a folder of any kind."
     if (path/'dataset_dict.json').is_file():
         for part in sorted(p.parent for p in path.glob('*/state.json')): yield from saved_items(part, image, text)
-    elif (path/'state.json').is_file() and (path/'dataset_info.json').is_file(): yield from saved_items(path, image, text)
+    elif all((path/name).is_file() for name in ('state.json', 'dataset_info.json')):
+        yield from saved_items(path, image, text)
     else:
-        archives = [at/n for at, names in visible_files(path) if at != '' for n in names if n.lower().endswith(ARCHIVES)]
+        files = (at/n for at, names in visible_files(path) if at != '' for n in names)
+        archives = [p for p in files if p.name.lower().endswith(ARCHIVES)]
         for archive in archives: yield from _path_items(archive, image, text)
         for item in folder_items(path):
             yield item._replace(why=item.why or 'lies beside archives, which are read alone') if archives else item
@@ -48,7 +51,7 @@ def _path_items(path, image, text):
             lambda: f'{path} is a file of another kind, but {KINDS} is needed: pass the folder that holds it.')
     return tar_items(path)
 
-# %% ../nbs/05e_data.ipynb #dda2408c
+# %% ../nbs/05e_data.ipynb #45465874
 def _paths(source):
     "The paths that a source consists of; None for rows."
     if isinstance(source, (str, Path)): return [Path(source)]
@@ -62,25 +65,24 @@ def read_source(
 ): # a stream of `Item`s, each with picture and caption or with a reason
     "Captioned pictures from wherever they lie, unopened; `ValueError` in one sentence for what is no source."
     if isinstance(source, FolderDataset):
-        items = [*source.items, *(Item(name, why=why) for name, why in source.skipped)]
-    elif (paths := _paths(source)) is not None: items = (item for path in paths for item in _path_items(path, image, text))
-    else:
-        indexed = hasattr(source, '__getitem__') and hasattr(source, '__len__')
-        require(not isinstance(source, (Mapping, bytes, Tensor, np.ndarray)) and (hasattr(source, '__iter__') or indexed),
-                lambda: f'the source is a {type(source).__name__}, but a path, a list of paths, or rows with {image} and '
-                        f'{text} are needed: pass one of these.')
-        rows = source if hasattr(source, '__iter__') else (source[i] for i in range(len(source)))
-        items = (row_item(row, f'row {i}', image, text) for i, row in enumerate(rows))
-    return map(usable, items)
+        return iter([*source.items, *(Item(name, why=why) for name, why in source.skipped)])
+    paths = _paths(source)
+    if paths is not None: return (usable(item) for path in paths for item in _path_items(path, image, text))
+    rows = hasattr(source, '__iter__') or hasattr(source, '__getitem__') and hasattr(source, '__len__')
+    require(rows and not isinstance(source, (Mapping, bytes, Tensor, np.ndarray)),
+            lambda: f'the source has the type {type(source).__name__}, but a path, a list of paths, or rows with '
+                    f'{image} and {text} are needed: pass one of these, or an array of pictures with captions.')
+    rows = source if hasattr(source, '__iter__') else (source[i] for i in range(len(source)))
+    return (usable(row_item(row, f'row {i}', image, text)) for i, row in enumerate(rows))
 
 def source_name(source) -> str:
     "What a source is called in a manifest: its absolute path or paths, or 'rows'."
     paths = [source.folder] if isinstance(source, FolderDataset) else _paths(source)
     return 'rows' if paths is None else '; '.join(str(p.resolve()) for p in paths)
 
-# %% ../nbs/05e_data.ipynb #ca81cca8
+# %% ../nbs/05e_data.ipynb #eb8de4c9
 FIELDS = {'z': 'latents', 'caption': 'captions', 'mask': 'mask', 'null': 'null', 'null_mask': 'null_mask',
-          'resolution': 'resolution', 'aspect_ratio': 'aspect_ratio', 'control': 'control'}     # and their names in a file
+          'resolution': 'resolution', 'aspect_ratio': 'aspect_ratio', 'control': 'control'}     # names in a file
 
 def save_latents(
     data: LatentDataset, # in memory
@@ -96,9 +98,11 @@ def open_latents(
 ) -> LatentDataset: # all rows of D_z, in the file's dtypes; rows of shards stay on the disk until they are drawn
     "D_z from wherever it lies; `ValueError` in one sentence for anything else."
     if isinstance(source, LatentDataset): return source
-    require(isinstance(source, (str, Path)), lambda: f'the latents are a {type(source).__name__}, but a file, a folder of '
-            'shards or a LatentDataset is needed: pass what precompute made.')
-    require(Path(source).exists(), lambda: f'{source} does not exist, but a file or folder of latents is needed: run precompute.')
+    require(isinstance(source, (str, Path)),
+            lambda: f'the latents have the type {type(source).__name__}, but a file, a folder of shards or a '
+                    'LatentDataset is needed: pass what precompute made.')
+    require(Path(source).exists(),
+            lambda: f'{source} does not exist, but a file or folder of latents is needed: run precompute.')
     if Path(source).is_dir(): return streamed(source)
     tensors, facts = load_tensors(source), json.loads(load_metadata(source).get('facts', '{}'))
     missing = [name for name in ('latents', 'captions', 'mask', 'null') if name not in tensors]
@@ -106,12 +110,13 @@ def open_latents(
                                  'precompute it again.')
     return LatentDataset(**{field: tensors.get(name) for field, name in FIELDS.items()}, facts=facts)
 
-# %% ../nbs/05e_data.ipynb #6a598266
+# %% ../nbs/05e_data.ipynb #2a6867e4
 def facts_of(
     pipe, # with vae, text_encoder and scaling_factor
 ) -> dict: # of `LatentDataset.check`
     "What latents must have in common with a pipeline: scaling_factor, vae and text_encoder (fingerprints)."
-    return {'scaling_factor': float(pipe.scaling_factor), 'vae': fingerprint(pipe.vae), 'text_encoder': fingerprint(pipe.text_encoder)}
+    networks = {name: fingerprint(getattr(pipe, name)) for name in ('vae', 'text_encoder')}
+    return {'scaling_factor': float(pipe.scaling_factor)} | networks
 
 def precompute_control(
     pipe, # the base, with vae and scaling_factor
@@ -126,14 +131,14 @@ def precompute_control(
             lambda: f'pictures spans [{low:.3g}, {high:.3g}], but must lie in [-1, 1]: use x*2 - 1.')
     return torch.cat([encode_pictures(pipe, x).float() for x in pictures.split(batch_size)])
 
-# %% ../nbs/05e_data.ipynb #a5a283e8
+# %% ../nbs/05e_data.ipynb #f406bff3
 def _given(pictures, captions):
     "Items of pictures whose captions come in a list; the user means every one of them."
     captions = list(captions)
     require(len(pictures) == len(captions),
             lambda: f'there are {len(captions)} captions for {len(pictures)} pictures, but one each is needed.')
     for i, caption in enumerate(captions):
-        require(isinstance(caption, str), lambda: f'caption {i} is {caption!r}, but a text is needed: pass a list of str.')
+        require(isinstance(caption, str), lambda: f'caption {i} is {caption!r}, but must be text: pass a list of str.')
         yield Item(f'picture {i}', pictures[i], caption)
 
 def _condition(control):
@@ -151,19 +156,14 @@ def _size(pipe, source, size):
             lambda: f'size is {size!r}, but it must be a positive multiple of 16: pass for example size=128.')
     return size
 
-# %% ../nbs/05e_data.ipynb #48a7a9dc
+# %% ../nbs/05e_data.ipynb #18d1a7eb
 def _usable(stream, every, skipped):
-    "(caption, pixels, original size) of a stream of `decoded`, all of one shape; what cannot be used is noted, or refused."
-    shape = None
+    "(caption, pixels, original size) of a stream of `decoded`; what cannot be used is noted or, if `every`, refused."
     for item, _, pixels, size in stream:
-        require(not (every and item.why), lambda: f'{item.name} cannot be used ({item.why}): replace it, or leave it out.')
-        if item.why:
-            skipped.append((item.name, item.why))
-            continue
-        shape = shape or pixels.shape
-        require(pixels.shape == shape, lambda: f'{item.name} has shape {tuple(pixels.shape)}, but those before have '
-                                               f'{tuple(shape)}: pass size, or a folder for shards as out.')
-        yield item.caption, pixels, size
+        require(not (every and item.why),
+                lambda: f'{item.name} cannot be used ({item.why}): replace it, or leave it out.')
+        if item.why: skipped.append((item.name, item.why))
+        else: yield item.caption, pixels, size
 
 def _encoded(rows, batch_size, encode):
     "Captions, sizes, latents and conditions' latents (or None) of `_usable`, in memory."
@@ -171,8 +171,8 @@ def _encoded(rows, batch_size, encode):
     with catch_stop() as pressed:
         while batch := list(itertools.islice(rows, batch_size)):
             if pressed:
-                print(f'Stopped after {len(captions)} pictures, which lay in memory alone: a folder as out would keep them.',
-                      file=sys.stderr)
+                print(f'Stopped after {len(captions)} pictures, which lay in memory alone: a folder as out would have '
+                      'kept them.', file=sys.stderr)
                 raise SystemExit(130)
             texts, pixels, original = zip(*batch)
             latents, steered = encode(pixels)
@@ -182,7 +182,7 @@ def _encoded(rows, batch_size, encode):
             if steered is not None: control.append(steered.float())
     return captions, sizes, z, control
 
-# %% ../nbs/05e_data.ipynb #f34a5c49
+# %% ../nbs/05e_data.ipynb #8e0c9894
 def _in_memory(pipe, stream, encode, batch_size, every, max_length, facts):
     "D_z as tensors, of a stream of `decoded`. every: whether each item must be usable."
     start, skipped = time.perf_counter(), []
@@ -193,8 +193,9 @@ def _in_memory(pipe, stream, encode, batch_size, every, max_length, facts):
     h, mask = encode_captions(pipe.tokenizer, pipe.text_encoder, captions, max_length)
     null, null_mask = null_caption(pipe.tokenizer, pipe.text_encoder)
     size, seconds = z.nbytes + h.nbytes//2, time.perf_counter() - start
-    report = {'images': len(z), 'captions': len(set(captions)), 'skipped': skipped, 'kept': 0, 'encoded': len(z), 'gone': 0,
-              'bytes': size, 'bytes_per_image': size/len(z), 'seconds': seconds, 'images_per_second': len(z)/seconds}
+    report = {'images': len(z), 'captions': len(set(captions)), 'skipped': skipped, 'kept': 0, 'encoded': len(z),
+              'gone': 0, 'bytes': size, 'bytes_per_image': size/len(z), 'seconds': seconds,
+              'images_per_second': len(z)/seconds}
     return LatentDataset(z, h.half().cpu(), mask.cpu(), null.cpu(), null_mask.cpu(), sizes, sizes[:, :1]/sizes[:, 1:],
                          control, facts, report)
 
@@ -202,15 +203,15 @@ def _in_shards(pipe, items, encode, out, head, workers, progress):
     "D_z as a folder of shards."
     settings = head['settings']
     require(settings['shard_size'] > 0 and settings['shard_size'] % settings['batch_size'] == 0,
-            lambda: f'shard_size is {settings["shard_size"]} and batch_size {settings["batch_size"]}, but a shard must hold '
-                    'whole batches: choose a multiple.')
+            lambda: f'shard_size is {settings["shard_size"]} and batch_size {settings["batch_size"]}, but a shard must '
+                    'hold whole batches: choose a multiple.')
     pairs, pixels = keyed(items, workers, 2*settings['batch_size']), lambda pair: decoded(pair, settings['bins'])
     report = write_shards(pairs, pixels, encode, pipe, out, head, workers, progress)
     data = streamed(out, checksums=False)                           # they were taken a moment ago
     data.report = report
     return data
 
-# %% ../nbs/05e_data.ipynb #11dc18ba
+# %% ../nbs/05e_data.ipynb #9cdb0548
 def precompute(
     pipe, # Pipeline, or anything with vae, tokenizer, text_encoder and scaling_factor
     source, # what `read_source` takes; or, with `captions`, pictures: (N, 3, H, W) uint8 or in [-1, 1], or a list
@@ -231,8 +232,8 @@ def precompute(
 ) -> LatentDataset: # D_z of Algorithm 1; its `report` says what was encoded, kept, gone and skipped
     """Captioned pictures encoded once. What cannot be used is skipped and named in one warning.
 
-    Raises `ValueError` without one usable picture, for captions that do not fit, and for a folder of shards that was begun
-    otherwise; `SystemExit(130)` after Ctrl-C and SIGTERM, when shards keep what was done."""
+    Raises `ValueError` without one usable picture, for captions that do not fit, and for a folder of shards that was
+    begun otherwise; `SystemExit(130)` after Ctrl-C and SIGTERM, when shards keep what was done."""
     require(isinstance(batch_size, int) and batch_size > 0,
             lambda: f'batch_size is {batch_size!r}, but it counts pictures: pass 4.')
     items = read_source(source, image, text) if captions is None else _given(source, captions)
@@ -253,8 +254,10 @@ def precompute(
     _warn(data.report)
     return data
 
-# %% ../nbs/05e_data.ipynb #5d8247a9
-def _name(control): return control if control is None or isinstance(control, str) else getattr(control, '__name__', 'given')
+# %% ../nbs/05e_data.ipynb #21f30fb2
+def _name(control):
+    "What a condition is called in the facts."
+    return control if control is None or isinstance(control, str) else getattr(control, '__name__', 'given')
 
 def _warn(report):
     "One warning that names what was skipped."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTS', 'Batch', 'LatentDataset']
 
-# %% ../nbs/05c_latents.ipynb #9d702455
+# %% ../nbs/05c_latents.ipynb #55f7cb76
 import hashlib, json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .core import at_least_float32, load_tensors, require
 
-# %% ../nbs/05c_latents.ipynb #a61c1a4a
+# %% ../nbs/05c_latents.ipynb #3d3e1c36
 class Batch(NamedTuple):
     "Rows of D_z (Algorithm 1): scaled latents and caption embeddings, with the one null caption that all rows share."
     z: Tensor                           # (B, C, ...), times the scaling factor
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
         "The same rows on another device."
         return Batch(*(v if v is None else v.to(device) for v in self))
 
-# %% ../nbs/05c_latents.ipynb #c6bb8dfc
+# %% ../nbs/05c_latents.ipynb #0c364fa4
 FACTS = ('scaling_factor', 'vae', 'text_encoder')
 
 @dataclass
@@ -115,7 +115,8 @@ class LatentDataset:
                     lambda: f'{control} holds {", ".join(found)}, but no tensor control: write it under that name.')
             control = found['control']
         shapes = getattr(self.z, 'bins', 1)
-        require(shapes == 1, lambda: f'the rows have {shapes} shapes, but the control is one tensor: let precompute make it.')
+        require(shapes == 1,
+                lambda: f'the rows have {shapes} shapes, but the control is one tensor: let precompute make it.')
         require(tuple(control.shape) == tuple(self.z.shape),
                 lambda: f'control has shape {tuple(control.shape)} and the latents {tuple(self.z.shape)}, but each '
                         'latent needs a control of its size: encode one picture a row, in the order of the rows.')

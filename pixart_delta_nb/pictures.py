@@ -7,7 +7,7 @@ __all__ = ['MARKS', 'GUESSES', 'IMAGE_SUFFIXES', 'decode_text', 'upright', 'pict
            'fit', 'decode', 'unit', 'reason', 'open_picture', 'read_picture', 'Item', 'text_or_reason', 'usable',
            'told', 'ahead', 'short_digest']
 
-# %% ../nbs/05b_pictures.ipynb #849d454b
+# %% ../nbs/05b_pictures.ipynb #15515dc7
 import codecs, collections, hashlib, io, math, struct, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from .core import require
 
-# %% ../nbs/05b_pictures.ipynb #39af995c
+# %% ../nbs/05b_pictures.ipynb #9da8832b
 MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF8, 'utf-8-sig'),
          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))          # UTF-32's begins with UTF-16's
 GUESSES = ('utf-32-le', 'utf-32-be', 'utf-16-le', 'utf-16-be')      # of text with zero bytes, without a mark
@@ -27,7 +27,7 @@ def _is_text(text, guessed):
     if any(unicodedata.category(c) == 'Cc' and c not in '\t\n\v\f\r' for c in text): return False
     return not guessed or sum(c < '\x80' for c in text) >= .7*len(text)
 
-# %% ../nbs/05b_pictures.ipynb #889db141
+# %% ../nbs/05b_pictures.ipynb #71751f1a
 def decode_text(
     raw: bytes, # of a caption or a list
 ) -> str: # without a byte order mark
@@ -40,7 +40,7 @@ def decode_text(
         if _is_text(text, guessed=encoding in (*GUESSES, 'cp1252')): return text
     require(False, 'its text is in an unknown encoding: save it as UTF-8')
 
-# %% ../nbs/05b_pictures.ipynb #807e718d
+# %% ../nbs/05b_pictures.ipynb #28478a4c
 def _grey(image):
     "8 bits of a picture with 16 or 32 bits a pixel, or with floats: scaled by the smallest usual range that holds it."
     from PIL import Image
@@ -57,7 +57,7 @@ def _from_lab(image):
     lab, rgb = ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB')
     return ImageCms.profileToProfile(image, lab, rgb, outputMode='RGB')
 
-# %% ../nbs/05b_pictures.ipynb #20a68979
+# %% ../nbs/05b_pictures.ipynb #dcf1d16b
 def upright(
     image, # a PIL image of any mode
 ): # an RGB image
@@ -72,7 +72,7 @@ def upright(
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
-# %% ../nbs/05b_pictures.ipynb #9c9ec319
+# %% ../nbs/05b_pictures.ipynb #c547ad14
 def picture_data(
     thing, # a path, bytes, the {'bytes', 'path'} of `datasets`, a PIL image, or pixels (3, H, W)
 ): # bytes for what lies on the disk, anything else as it is
@@ -93,7 +93,7 @@ def digest(
     else: facts, raw = (str(data.dtype), tuple(data.shape)), np.ascontiguousarray(data).tobytes()
     return hashlib.sha256(repr(facts).encode() + raw).digest()
 
-# %% ../nbs/05b_pictures.ipynb #3e0996bb
+# %% ../nbs/05b_pictures.ipynb #6c345846
 def _without_texts(raw):
     "A PNG's bytes without its text chunks."
     kept, at = [raw[:8]], 8
@@ -108,7 +108,7 @@ def _load(data, near):
     from PIL import Image
     image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
     require(isinstance(image, Image.Image),
-            lambda: f'a {type(image).__name__}, but a path, bytes, a PIL image or pixels (3, H, W) are needed')
+            lambda: f'of type {type(image).__name__}, but a path, bytes, a PIL image or pixels (3, H, W) are needed')
     width, height = image.size
     if near and isinstance(data, bytes): image.draft('RGB', (2*near, 2*near))
     image.load()
@@ -123,7 +123,7 @@ def _loaded(data, near=None):
         if 'MAX_TEXT' not in str(error) or not isinstance(data, bytes): raise
     return _load(_without_texts(data), near)
 
-# %% ../nbs/05b_pictures.ipynb #92034993
+# %% ../nbs/05b_pictures.ipynb #c9379fae
 def aspect_bins(
     size: int, # pixels, of the square with the same area
     step: int = 16, # pixels: the autoencoder divides by 8, the transformer's patches by 2
@@ -144,7 +144,7 @@ def nearest_bin(
     "The bin whose aspect ratio is nearest in ratio, not in difference: 2:1 and 1:2 are equally far from 1:1."
     return min(bins, key=lambda b: abs(math.log(b[0]*width/(b[1]*height))))
 
-# %% ../nbs/05b_pictures.ipynb #69625803
+# %% ../nbs/05b_pictures.ipynb #e8f58903
 def fit(
     image, # a PIL image
     shape: tuple, # (height, width)
@@ -154,7 +154,7 @@ def fit(
     image = ImageOps.fit(upright(image), tuple(shape)[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-# %% ../nbs/05b_pictures.ipynb #1e5b30eb
+# %% ../nbs/05b_pictures.ipynb #829c50c0
 def decode(
     data, # of `picture_data`
     bins: list | None = None, # shapes to choose from; None keeps the picture's own
@@ -178,7 +178,7 @@ def unit(
     "Pixels as the autoencoder reads them."
     return pixels.float()/127.5 - 1 if pixels.dtype == torch.uint8 else pixels.float()
 
-# %% ../nbs/05b_pictures.ipynb #9400bdc8
+# %% ../nbs/05b_pictures.ipynb #5f824e2c
 def reason(
     error: Exception, # raised by `picture_data` or `decode`
 ) -> str: # a few words
@@ -199,7 +199,7 @@ def _named(function, thing):
     require(not why, lambda: f'{name[:300]} cannot be used ({why}): pass a whole picture, for example a PNG.')
     return found
 
-# %% ../nbs/05b_pictures.ipynb #70b8e007
+# %% ../nbs/05b_pictures.ipynb #9642bb99
 def open_picture(
     thing, # a path, bytes, or a PIL image
 ): # an RGB PIL image
@@ -214,7 +214,7 @@ def read_picture(
     shape = (size, size) if isinstance(size, int) else size
     return unit(_named(lambda data: decode(data, shape and [shape])[0], thing))
 
-# %% ../nbs/05b_pictures.ipynb #199041c5
+# %% ../nbs/05b_pictures.ipynb #4cec8f84
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.jp2',
                   '.tga', '.ppm', '.pgm', '.psd')
 
@@ -241,7 +241,7 @@ def usable(
     if not why and not (isinstance(caption, str) and caption.strip()): why = 'no caption'
     return item._replace(caption=None if why else caption.strip(), why=why)
 
-# %% ../nbs/05b_pictures.ipynb #34674052
+# %% ../nbs/05b_pictures.ipynb #934eea2d
 def told(
     skipped: list, # of (name, reason)
 ) -> str:
@@ -249,7 +249,7 @@ def told(
     if not skipped: return 'there is none'
     return '; '.join(f'{name}: {why}' for name, why in skipped[:10]) + ('; …' if len(skipped) > 10 else '')
 
-# %% ../nbs/05b_pictures.ipynb #e24f323b
+# %% ../nbs/05b_pictures.ipynb #015f9e10
 def ahead(
     function, # of one job
     jobs, # a stream

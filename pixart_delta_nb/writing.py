@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stopped', 'ShardFolder', 'ShardWriter', 'write_shards']
 
-# %% ../nbs/05cb_writing.ipynb #74e54d22
+# %% ../nbs/05cb_writing.ipynb #b915dfc7
 import collections, json, sys, time, warnings
 from pathlib import Path
 import torch
@@ -14,7 +14,7 @@ from .core import save_tensors, sha256, write_atomic
 from .pictures import ahead, short_digest, told
 from .text import encode_captions, null_caption
 
-# %% ../nbs/05cb_writing.ipynb #31c584fe
+# %% ../nbs/05cb_writing.ipynb #b08fba22
 class Stopped(Exception): "Ctrl-C or SIGTERM came."
 
 class ShardFolder:
@@ -75,7 +75,7 @@ class ShardFolder:
         for path in [self.out/s['file'] for s in empty] + list(self.out.glob('spill-*.safetensors')): path.unlink()
         return len(self.before - seen)
 
-# %% ../nbs/05cb_writing.ipynb #a61444db
+# %% ../nbs/05cb_writing.ipynb #0925c4c7
 class ShardWriter:
     "What waits in memory: pictures for their batch, latents for their shard, captions for theirs."
     EVERY = 60.                                                                     # seconds between spills
@@ -180,7 +180,7 @@ class ShardWriter:
             self.spills[path.name] |= {r[0] for r in rows}
         self.folder.done |= self.spills[path.name]
 
-# %% ../nbs/05cb_writing.ipynb #10514641
+# %% ../nbs/05cb_writing.ipynb #9cd83bf1
 def _columns(rows):
     "Rows (key, number of the caption, original size, latents and control) as tensors by name."
     key, caption, size, latents = zip(*rows)
@@ -207,7 +207,7 @@ def _fill(writer, pairs, decoded, workers, seen, skipped, shown):
     for shape in sorted(writer.waiting): writer.encode(shape)
     for shape in sorted(writer.rows): writer.write(shape)
 
-# %% ../nbs/05cb_writing.ipynb #09b2f61a
+# %% ../nbs/05cb_writing.ipynb #db6b66d3
 def write_shards(
     pairs, # (item, key), of `encoding.keyed`
     decoded, # such a pair -> (item, key, pixels, original size), see `encoding.decoded`
