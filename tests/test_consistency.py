@@ -54,9 +54,8 @@ def test_consistency_function_returns_its_input_at_zero():
 
 
 def test_consistency_function_undoes_the_noise_it_is_told():
-    x0, eps, t = torch.randn(3, 4, 3, 3, generator=seeded(0)), torch.randn(3, 4, 3, 3,
-                                                                           generator=seeded(1)), torch.tensor([19, 500,
-                                                                                                               999])
+    x0, eps = (torch.randn(3, 4, 3, 3, generator=seeded(s)) for s in (0, 1))
+    t = torch.tensor([19, 500, 999])
     x_t = add_noise(x0, eps, at(ALPHA_BAR, t, x0))
     torch.testing.assert_close(consistency_function(x_t, eps, t, ALPHA_BAR), x0, rtol=0, atol=1e-3)
 
@@ -175,11 +174,10 @@ def test_disagreement_1_pipelines_scale_is_one_plus_omega():
 
 
 @pytest.mark.parametrize('c, null, omega, message', [
-    (torch.zeros(2, 3), torch.zeros(2, 3), -.5, 'omega=.-0.5. must not be negative'), (torch.zeros(2, 3),
-                                                                                       torch.zeros(1,
-                                                                                                   3), 1., 'must be equal'),
-    (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), 'reshape it'), (torch.zeros(2, 3), torch.zeros(2, 3),
-                                                                          torch.ones(3, 1), 'reshape it')])
+    (torch.zeros(2, 3), torch.zeros(2, 3), -.5, 'omega=.-0.5. must not be negative'),
+    (torch.zeros(2, 3), torch.zeros(1, 3), 1., 'must be equal'),
+    (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), 'reshape it'),
+    (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(3, 1), 'reshape it')])
 def test_guidance_refuses(c, null, omega, message):
     with pytest.raises(ValueError, match=message): guide(c, null, omega)
 
@@ -219,9 +217,8 @@ def rows(*shape):
     "Latents, times, captions and masks of three rows, in float64."
     g = seeded(3)
     draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
-    return draw(3, *shape), torch.tensor([19, 500, 999]), draw(3, 5,
-                                                               2), (torch.arange(5) < torch.tensor([[1], [3],
-                                                                                                    [5]])).long()
+    mask = (torch.arange(5) < torch.tensor([[1], [3], [5]])).long()
+    return draw(3, *shape), torch.tensor([19, 500, 999]), draw(3, 5, 2), mask
 
 
 @pytest.mark.parametrize('shape', [(2,), (4, 6), (4, 2, 3), (4, 2, 3, 5)], ids=str)
@@ -284,8 +281,8 @@ def test_a_null_caption_may_have_a_row_or_a_mask_for_each_caption():
 @pytest.mark.parametrize('shape', [(2,), (4, 6), (4, 2, 3), (4, 2, 3, 5)], ids=str)
 def test_guidance_in_one_call_equals_two_calls_for_any_number_of_axes(shape):
     x, t, caption, mask = rows(*shape)
-    null, omega = torch.randn(1, 1, 2, generator=seeded(1)).double(), torch.tensor([0., 1., 5.]).reshape(3,
-                                                                                                         *[1]*len(shape))
+    null = torch.randn(1, 1, 2, generator=seeded(1)).double()
+    omega = torch.tensor([0., 1., 5.]).reshape(3, *[1]*len(shape))
     size = torch.rand(3, *[1]*len(shape), generator=seeded(2)).double()
     cond = reads(x, t, caption, mask, size)
     uncond = reads(x, t, null.expand(3, -1, -1), torch.ones(3, 1), size)
@@ -301,8 +298,8 @@ def test_conditions_of_other_rows_are_refused_under_guidance():
 
 @pytest.mark.parametrize('null, own, match',
                          [((1, 1, 5), None, 'one encoder makes both'), ((2, 1, 2), None, '3 rows of the captions'),
-                                              ((1, 2, 2), (1, 1), r'null_mask \(1, 1\)'), ((1, 2, 2), (2, 2),
-                                                                                           r'null_mask \(2, 2\)')])
+                                              ((1, 2, 2), (1, 1), r'null_mask \(1, 1\)'),
+                          ((1, 2, 2), (2, 2), r'null_mask \(2, 2\)')])
 def test_null_captions_that_do_not_fit_are_refused(null, own, match):
     _, _, caption, mask = rows(4)
     with pytest.raises(ValueError, match=match):

@@ -44,8 +44,8 @@ def literal_f(network, z, t, c):
 
 def literal_psi(network, z, t, s, c):
     eps = network(z, torch.tensor([t]), c)[:, :4]
-    return math.sqrt(ALPHA_BAR[s])*(z - math.sqrt(1 - ALPHA_BAR[t])*eps)/math.sqrt(ALPHA_BAR[t]) + math.sqrt(1
-                                                                                                             - ALPHA_BAR[s])*eps - z
+    x0 = (z - math.sqrt(1 - ALPHA_BAR[t])*eps)/math.sqrt(ALPHA_BAR[t])
+    return math.sqrt(ALPHA_BAR[s])*x0 + math.sqrt(1 - ALPHA_BAR[s])*eps - z
 
 
 @pytest.mark.parametrize('omega', [0., 3.5, 4.5])
@@ -94,8 +94,8 @@ def test_gradient_reaches_the_student_alone(networks, batch, noise):
 
 
 def test_step_draws_are_reproducible(networks, batch):
-    losses = [lcd_step(*networks, batch, ALPHA_BAR, generator=torch.Generator().manual_seed(s)).item() for s in (3, 3,
-                                                                                                                 4)]
+    losses = [lcd_step(*networks, batch, ALPHA_BAR, generator=torch.Generator().manual_seed(s)).item()
+              for s in (3, 3, 4)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -209,11 +209,9 @@ def test_benchmark_reports_its_floor(networks, batch):
     assert cost['ratio'] == pytest.approx(cost['step_seconds']/cost['floor_seconds'])
 
 
-@pytest.mark.parametrize('change, match',
-                         [(dict(n=torch.tensor([0, 50, 1])), 'from 0 to 49'),
-                          (dict(n=torch.tensor([0, -1, 1])), 'from 0 to 49'),
-                                           (dict(n=torch.tensor([0])), 'one index an image'), (dict(omega=-1.),
-                                                                                               'must not be negative'), (dict(k=30), 'k is 30')])
+@pytest.mark.parametrize('change, match', [
+    (dict(n=torch.tensor([0, 50, 1])), 'from 0 to 49'), (dict(n=torch.tensor([0, -1, 1])), 'from 0 to 49'),
+    (dict(n=torch.tensor([0])), 'one index an image'), (dict(omega=-1.), 'must not be negative'), (dict(k=30), 'k is 30')])
 def test_step_refuses(networks, batch, noise, change, match):
     with pytest.raises(ValueError, match=match):
         lcd_step(*networks, batch, ALPHA_BAR, **{'n': N, 'noise': noise, **change})
@@ -300,8 +298,8 @@ def test_loop_refuses_a_range_of_omega_that_is_none(batch, tmp_path):
 def test_disagreement_8_a_captions_mask_over_the_null_caption_is_another_input(networks, batch):
     teacher, t = networks[2], torch.full((1,), 500)
     wide = torch.cat([batch.null, batch.caption[:1, 1:]], 1)
-    own, captions = (predict_eps(teacher, batch.z[:1], t, wide, torch.tensor([m])) for m in ([1, 0, 0, 0],
-                                                                                             [1, 1, 0, 0]))
+    own, captions = (predict_eps(teacher, batch.z[:1], t, wide, torch.tensor([m]))
+                     for m in ([1, 0, 0, 0], [1, 1, 0, 0]))
     torch.testing.assert_close(own, predict_eps(teacher, batch.z[:1], t, batch.null, torch.ones(1, 1)), rtol=0,
                                atol=1e-12)
     assert (own - captions).abs().max() > 1e-6

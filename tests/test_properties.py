@@ -145,8 +145,8 @@ def test_the_consistency_function_is_the_identity_at_zero_and_the_estimate_elsew
     assert torch.equal(C.consistency_function(x, eps, torch.zeros_like(t), AB), x.to(wide(x)))
     c_skip, c_out = C.boundary_scalings(t.double())
     shape = (-1, *[1]*(x.ndim - 1))
-    wanted = c_skip.reshape(shape)*x.double() + c_out.reshape(shape)*S.eps_to_x0(x.double(), eps.double(),
-                                                                                 AB[t].reshape(shape))
+    x0 = S.eps_to_x0(x.double(), eps.double(), AB[t].reshape(shape))
+    wanted = c_skip.reshape(shape)*x.double() + c_out.reshape(shape)*x0
     error = (C.consistency_function(x, eps, t, AB).double() - wanted).abs()
     assert (error <= 2e-5*(1 + x.double().abs().max() + eps.double().abs().max())/AB[t].sqrt().reshape(shape)).all()
 

@@ -125,8 +125,8 @@ def test_pictures_round_like_diffusers():
 
 @pytest.mark.parametrize('options, words', [
     (dict(steps=0), 'steps is 0'), (dict(steps=51), '1 to 50'), (dict(guidance_scale=4.5), 'fixed omega 3.5'),
-    (dict(seeds=[1]), '1 seeds were given for 3 captions'), (dict(size=72), 'use 64'), (dict(captions=[]),
-                                                                                        'captions is empty'),
+    (dict(seeds=[1]), '1 seeds were given for 3 captions'), (dict(size=72), 'use 64'),
+    (dict(captions=[]), 'captions is empty'),
     (dict(captions=[1]), 'must be a string'), (dict(batch_size=0), 'batch_size is 0')])
 def test_bad_requests(student, options, words):
     with pytest.raises(ValueError, match=words) as error: sample_student(student, **{'captions': CAPTIONS, **options})
@@ -145,8 +145,8 @@ def test_the_shipped_student_draws_the_same_in_stock_diffusers():
     from diffusers import LCMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
     from pixart_delta_nb.folders import shipped
     from pixart_delta_nb.pipeline import load_pipeline
-    caption, noise = 'a large red cube in front of a small blue sphere, on grass at sunset', dict(num_inference_steps=4,
-                                                                                                  guidance_scale=1.)
+    caption = 'a large red cube in front of a small blue sphere, on grass at sunset'
+    noise = dict(num_inference_steps=4, guidance_scale=1.)
     transformer = PixArtTransformer2DModel.from_pretrained(shipped('student'), torch_dtype=torch.float32)
     stock = PixArtAlphaPipeline.from_pretrained(shipped('teacher'), transformer=transformer, torch_dtype=torch.float32,
                                                 scheduler=LCMScheduler(**BETAS, original_inference_steps=50))
@@ -234,8 +234,8 @@ def test_the_scale_of_the_control_is_handed_on(controlled, teacher):
 
 
 @pytest.mark.parametrize('control, words', [(CONTROL[:2], '2 condition pictures for 1 captions'),
-                                            (CONTROL[:1, :, :4], 'of the size of the images'), (None,
-                                                                                                'control is None')])
+                                            (CONTROL[:1, :, :4], 'of the size of the images'),
+                                            (None, 'control is None')])
 def test_control_that_does_not_fit_is_refused(controlled, control, words):
     for sample in (sample_teacher, sample_student):
         with pytest.raises(ValueError, match=words) as error: sample(controlled, CAPTIONS[:1], 1, control=control)

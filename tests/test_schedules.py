@@ -80,8 +80,8 @@ def test_half_precision_arithmetic_would_be_worse():
     x = S.add_noise(x0, eps, ab)
     narrow = (x.half() - (1 - ab).sqrt().half() * eps.half()) / ab.sqrt().half()
     error = lambda guess: (guess.double() - x0).square().mean().sqrt()
-    assert error(narrow) > error(S.eps_to_x0(x.half(), eps.half(), ab)) > 100 * error(S.eps_to_x0(x.float(),
-                                                                                                  eps.float(), ab))
+    mixed, single = S.eps_to_x0(x.half(), eps.half(), ab), S.eps_to_x0(x.float(), eps.float(), ab)
+    assert error(narrow) > error(mixed) > 100 * error(single)
 
 
 def test_at_shapes_and_values():
@@ -91,9 +91,8 @@ def test_at_shapes_and_values():
 
 
 @pytest.mark.parametrize('t, message', [(torch.tensor([-1, 3]), r'\[-1, 3\]'), (torch.tensor([1, 1000]), '1000'),
-                                        (torch.tensor([1., 2.]), 'float32'), (torch.tensor([1, 2, 3]),
-                                                                              r'\(3,\)'), (torch.tensor([]).long(),
-                                                                                           r'\(0,\)')])
+                                        (torch.tensor([1., 2.]), 'float32'), (torch.tensor([1, 2, 3]), r'\(3,\)'),
+                                        (torch.tensor([]).long(), r'\(0,\)')])
 def test_at_refuses(t, message):
     with pytest.raises(ValueError, match=message): S.at(PIXART, t, torch.zeros(2, 4))
 
@@ -120,9 +119,8 @@ def test_bad_input_is_refused(call, message):
 @pytest.mark.parametrize('table, message',
                          [(S.linear_betas(), 'not betas'), (1 - PIXART, 'must decrease'),
                           (PIXART[[3, 3, 4]], 'must decrease'),
-                                            (PIXART * 2, r'within \[0, 1\]'), (PIXART[None],
-                                                                               r'\(1, 1000\)'), (PIXART[:0],
-                                                                                                 r'\(0,\)')])
+                                            (PIXART * 2, r'within \[0, 1\]'), (PIXART[None], r'\(1, 1000\)'),
+                                            (PIXART[:0], r'\(0,\)')])
 def test_tables_that_are_not_alpha_bar_are_refused(table, message):
     with pytest.raises(ValueError, match=message): S.check_alpha_bar(table)
     with pytest.raises(ValueError, match=message): S.at(table, torch.tensor([0]), torch.zeros(1, 4))
@@ -176,3 +174,26 @@ def test_ground_floor_imports_neither_diffusers_nor_transformers():
     code = ('import sys, pixart_delta_nb.core, pixart_delta_nb.schedules, pixart_delta_nb.solvers; '
             'sys.exit(bool({"diffusers", "transformers"} & set(sys.modules)))')
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+CONVERSIONS = [S.add_noise, S.eps_to_x0, S.x0_to_eps, S.to_v, S.v_to_x0, S.v_to_eps]
+
+
+@pytest.mark.parametrize('function', CONVERSIONS)
+def test_conversions_compile_as_one_graph_and_wait_for_no_value(function):
+    x, t = data(3, 4).float(), torch.tensor([5, 500, 999])
+    convert = lambda x: function(x, 2*x, S.at(PIXART, t, x))
+    torch.testing.assert_close(torch.compile(convert, fullgraph=True, backend='eager')(x), convert(x))
+    assert convert(x.to('meta')).shape == x.shape
+
+
+def test_a_table_on_the_host_serves_times_on_a_device():
+    assert S.at(PIXART, torch.tensor([5, 999], device='meta'), torch.zeros(2, 4, device='meta')).shape == (2, 1)
+
+
+@pytest.mark.parametrize('times, message',
+                         [([19, 999], 'must descend'), ([500, 500], 'must descend'), ([], 'empty'),
+                          ([500.5], 'integer'),
+                                            ([1000], r'0\.\.999'), ([5, -1], r'0\.\.999')])
+def test_times_of_a_sampler_are_checked_once(times, message):
+    with pytest.raises(ValueError, match=message): S.check_timesteps(times, PIXART)

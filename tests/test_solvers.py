@@ -79,8 +79,8 @@ def test_order_of_convergence_on_gaussian_data(sampler, order):
     x = torch.tensor([1.], dtype=torch.float64)
     spread = lambda ab: (ab * std**2 + 1 - ab).sqrt()
     exact = x * spread(fine[0]) / spread(fine[-1])
-    error = [(sampler(model, x, range(N, 0, -N // n), fine, alpha_bar_end=fine[0].item()) - exact).abs() for n in (256,
-                                                                                                                   512)]
+    sample = lambda n: sampler(model, x, range(N, 0, -N // n), fine, alpha_bar_end=fine[0].item())
+    error = [(sample(n) - exact).abs() for n in (256, 512)]
     assert abs((error[0] / error[1]).log2() - order) < .15
 
 
@@ -242,8 +242,8 @@ def test_a_caption_for_each_row_is_the_mixture_of_its_clusters():
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: PLANE.given([3]), 'some of 0..2'), (lambda: PLANE.given([]), 'some of 0..2'), (lambda: PLANE.given([-1]),
-                                                                                            'some of 0..2'),
+    (lambda: PLANE.given([3]), 'some of 0..2'), (lambda: PLANE.given([]), 'some of 0..2'),
+    (lambda: PLANE.given([-1]), 'some of 0..2'),
     (lambda: solvers.mixture_eps(tensor([[0., 1.]]), AB[5], PLANE, torch.zeros(1, 3).bool()), 'a True in each row'),
     (lambda: solvers.mixture_eps(tensor([[0., 1.]]), AB[5], PLANE, torch.ones(1, 2).bool()), r'\(1, 2\)'),
     (lambda: solvers.mixture_eps(tensor([[0., 1.]]), tensor(1.5), PLANE),
@@ -262,3 +262,24 @@ def test_disagreement_17_latents_stay_float32_whatever_the_table():
     x = noise(2, 3)
     assert AB.dtype == torch.float64
     assert solvers.ddim_step(x, x, S.at(AB, t, x), S.at(AB, t - 19, x)).dtype == torch.float32
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_a_sampler_compiles_as_one_graph(sampler):
+    sample = lambda x: sampler(network, x, [999, 500, 20], AB)
+    compiled = torch.compile(sample, fullgraph=True, backend='eager')
+    torch.testing.assert_close(compiled(noise(2, 3, 4)), sample(noise(2, 3, 4)))
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+def test_a_sampler_waits_for_no_value_of_the_latents(sampler):
+    "On the meta device there are none to read."
+    assert sampler(network, noise(2, 3).to('meta'), [999, 500, 20], AB).device.type == 'meta'
+
+
+def test_counts_may_be_numpys():
+    import numpy as np
+    assert torch.equal(solvers.dpm_timesteps(np.int64(14)), solvers.dpm_timesteps(14))
+    assert torch.equal(S.skip_grid(np.int32(20)), S.skip_grid(20)) and len(S.linear_betas(np.int64(10))) == 10
+    assert torch.equal(solvers.ddim_sample(network, noise(2, 3), np.array([999, 20]), AB),
+                       solvers.ddim_sample(network, noise(2, 3), [999, 20], AB))

@@ -1,4 +1,4 @@
-"LCD in the plane: the mixture's exact fields and maps, Algorithm 1 against a literal transcription, its switches, and bad input."
+"LCD in the plane: the mixture's exact fields and maps, Algorithm 1 transcribed, its switches, and bad input."
 import copy, math
 import pytest
 import torch
@@ -11,7 +11,8 @@ from pixart_delta_nb.toy import (Captioned, Recipe, ToyNet, distil_toy, draw, en
 ALPHA_BAR = alpha_bar_from_betas(linear_betas())
 RING = ring()
 WIDE = torch.ones(1, dtype=torch.float64)
-LONE = Captioned(Mixture(WIDE, torch.tensor([[.3, -.2]], dtype=torch.float64), .2*WIDE), torch.zeros(1, dtype=torch.long))
+LONE = Captioned(Mixture(WIDE, torch.tensor([[.3, -.2]], dtype=torch.float64), .2*WIDE),
+                 torch.zeros(1, dtype=torch.long))
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
@@ -64,8 +65,11 @@ def test_guidance_is_linear_and_vanishes_for_the_null_label(points):
     torch.testing.assert_close(exact_eps(x, ALPHA_BAR[500], null, RING, 3.), exact_eps(x, ALPHA_BAR[500], null, RING))
 
 
-@pytest.mark.parametrize('change, match', [(dict(omega=-.5), 'omega=.-0.5. must not be negative'), (dict(label=torch.full((40,), 5)), r'0\.\.4'),
-                                           (dict(label=torch.full((40,), -1)), r'0\.\.4'), (dict(label=torch.zeros(3).long()), 'one label a point'),
+@pytest.mark.parametrize('change, match',
+                         [(dict(omega=-.5), 'omega=.-0.5. must not be negative'),
+                          (dict(label=torch.full((40,), 5)), r'0\.\.4'),
+                                           (dict(label=torch.full((40,), -1)), r'0\.\.4'),
+                                           (dict(label=torch.zeros(3).long()), 'one label a point'),
                                            (dict(x=torch.zeros(40, 3)), r'must be \(B, 2\)')])
 def test_exact_eps_refuses(points, change, match):
     with pytest.raises(ValueError, match=match):
@@ -77,7 +81,8 @@ def test_exact_map_of_one_gaussian(points, t):
     shift = LONE.data.mean
     x = points[0] + ALPHA_BAR[t].sqrt()*shift
     expected = gaussian_x0(points[0], ALPHA_BAR[t], .2) + shift
-    torch.testing.assert_close(exact_map(x, t, torch.zeros(40, dtype=torch.long), LONE, ALPHA_BAR), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(exact_map(x, t, torch.zeros(40, dtype=torch.long), LONE, ALPHA_BAR), expected, rtol=0,
+                               atol=2e-4)
 
 
 def test_exact_map_keeps_its_tolerance(points):
@@ -94,11 +99,13 @@ def test_given_keeps_one_class_and_null_keeps_all():
 def test_exact_map_commutes_with_a_quarter_turn(points):
     x, label = (p[:8] for p in points)
     turn = torch.tensor([[0., 1.], [-1., 0.]], dtype=torch.float64)                 # one class further
-    a, b = exact_map(x, 999, label, RING, ALPHA_BAR, 3.5) @ turn, exact_map(x @ turn, 999, (label + 1) % 4, RING, ALPHA_BAR, 3.5)
+    a = exact_map(x, 999, label, RING, ALPHA_BAR, 3.5) @ turn
+    b = exact_map(x @ turn, 999, (label + 1) % 4, RING, ALPHA_BAR, 3.5)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('change, match', [(dict(t=1000), '0..999'), (dict(t=-1), '0..999'), (dict(omega=-1.), 'omega')])
+@pytest.mark.parametrize('change, match',
+                         [(dict(t=1000), '0..999'), (dict(t=-1), '0..999'), (dict(omega=-1.), 'omega')])
 def test_exact_map_refuses(points, change, match):
     with pytest.raises(ValueError, match=match):
         exact_map(**{**dict(x=points[0], t=999, label=points[1], world=RING, alpha_bar=ALPHA_BAR), **change})
@@ -138,7 +145,8 @@ def literal_loss(student, target, z, label, recipe, generator):
         t, s = (int(n[i]) + 1)*k - 1, max(int(n[i])*k - 1, 0)
         (a_t, s_t), (a_s, s_s), c = root(t), root(s), label[i:i+1]
         x = a_t*z[i:i+1].double() + s_t*noise[i:i+1].double()
-        psi = lambda y: a_s*(x - s_t*exact_eps(x, ALPHA_BAR[t], y, RING))/a_t + s_s*exact_eps(x, ALPHA_BAR[t], y, RING) - x
+        eps = lambda y: exact_eps(x, ALPHA_BAR[t], y, RING)
+        psi = lambda y: a_s*(x - s_t*eps(y))/a_t + s_s*eps(y) - x
         x_n = x + (1 + recipe.omega)*psi(c) - recipe.omega*psi(torch.tensor([4]))
         losses.append((((f(student, x, t, c) - f(target, x_n, s, c))**2 + h*h).sqrt() - h).mean())
     return torch.stack(losses).mean()
@@ -161,7 +169,9 @@ def test_gradient_reaches_the_student_alone(network):
     assert all(p.grad is not None for p in network.parameters()) and all(p.grad is None for p in target.parameters())
 
 
-@pytest.mark.parametrize('change', [dict(first='clean'), dict(first='skip'), dict(omega=0., pairs='noise'), dict(drop=.5), dict(boundary=False)])
+@pytest.mark.parametrize('change',
+                         [dict(first='clean'), dict(first='skip'), dict(omega=0., pairs='noise'), dict(drop=.5),
+                          dict(boundary=False)])
 def test_switches_change_the_loss(network, change):
     z, label = draw(RING, 256, seeded(5))
     loss = lambda **kw: toy_loss(network, network, RING, z, label, ALPHA_BAR, Recipe(**kw), seeded(6)).item()
@@ -174,7 +184,8 @@ def test_distil_starts_from_a_copy_and_keeps_what_it_is_asked(network, mu):
     student, kept = distil_toy(network, RING, Recipe(steps=4, batch_size=8, mu=mu), keep=(0, 2, 4))
     assert all(torch.equal(v, before[n]) for n, v in network.state_dict().items())
     assert list(kept) == [0, 2, 4] and torch.equal(kept[0].body[0].weight, network.body[0].weight)
-    assert torch.equal(kept[4].body[0].weight, student.body[0].weight) and not torch.equal(student.body[0].weight, network.body[0].weight)
+    assert torch.equal(kept[4].body[0].weight, student.body[0].weight)
+    assert not torch.equal(student.body[0].weight, network.body[0].weight)
 
 
 def test_distil_is_repeatable_and_uses_its_seed_and_its_schedule(network):
@@ -187,7 +198,9 @@ def test_distil_refuses_a_skip_that_does_not_divide(network):
     with pytest.raises(ValueError, match='k is 30'): distil_toy(network, RING, Recipe(k=30, steps=1))
 
 
-@pytest.mark.parametrize('bad', [dict(omega=-1.), dict(mu=1.), dict(mu=-.1), dict(huber=0.), dict(steps=0), dict(batch_size=0), dict(k=0), dict(first='no'),
+@pytest.mark.parametrize('bad',
+                         [dict(omega=-1.), dict(mu=1.), dict(mu=-.1), dict(huber=0.), dict(steps=0), dict(batch_size=0),
+                          dict(k=0), dict(first='no'),
                                  dict(pairs='no'), dict(pairs='noise'), dict(drop=1.), dict(clip=-1.)])
 def test_recipe_refuses(bad):
     with pytest.raises(ValueError): Recipe(**bad)
@@ -203,7 +216,9 @@ def test_energy_distance_of_two_far_clumps_is_twice_their_distance():
     assert energy_distance(torch.zeros(5, 2), torch.tensor([[3., 4.]]).expand(7, 2)) == pytest.approx(10)
 
 
-@pytest.mark.parametrize('a, b', [(torch.zeros(3, 2), torch.zeros(3, 1)), (torch.zeros(1, 2), torch.zeros(3, 2)), (torch.zeros(3), torch.zeros(3))])
+@pytest.mark.parametrize('a, b',
+                         [(torch.zeros(3, 2), torch.zeros(3, 1)), (torch.zeros(1, 2), torch.zeros(3, 2)),
+                          (torch.zeros(3), torch.zeros(3))])
 def test_energy_distance_refuses(a, b):
     with pytest.raises(ValueError): energy_distance(a, b)
 
@@ -217,12 +232,15 @@ def test_exact_eps_of_mixed_labels_is_that_of_each_captions_own_mixture(points):
     x, label = points
     from pixart_delta_nb.solvers import mixture_eps
     together = exact_eps(x, ALPHA_BAR[300], label, RING)
-    for c in range(4): torch.testing.assert_close(together[label == c], mixture_eps(x[label == c], ALPHA_BAR[300], RING.given(c)))
+    for c in range(4):
+        torch.testing.assert_close(together[label == c], mixture_eps(x[label == c], ALPHA_BAR[300], RING.given(c)))
 
 
 @pytest.mark.parametrize('call, match', [
-    (lambda: draw(RING, 0, seeded(0)), 'count is 0'), (lambda: ToyNet(4, 1 - ALPHA_BAR, .7), 'must decrease'), (lambda: ToyNet(4, ALPHA_BAR, 0.), 'data_std is 0.0'),
+    (lambda: draw(RING, 0, seeded(0)), 'count is 0'), (lambda: ToyNet(4, 1 - ALPHA_BAR, .7), 'must decrease'),
+    (lambda: ToyNet(4, ALPHA_BAR, 0.), 'data_std is 0.0'),
     (lambda: ToyNet(4, ALPHA_BAR, .7)(torch.zeros(2, 2), torch.tensor([5, 5]), torch.tensor([0, 5])), 'label spans'),
-    (lambda: exact_map(torch.zeros(2, 2), 5.5, torch.zeros(2).long(), RING, ALPHA_BAR), 't is 5.5'), (lambda: Recipe(lr=-1.), 'lr=-1.0')])
+    (lambda: exact_map(torch.zeros(2, 2), 5.5, torch.zeros(2).long(), RING, ALPHA_BAR), 't is 5.5'),
+    (lambda: Recipe(lr=-1.), 'lr=-1.0')])
 def test_bad_worlds_and_networks_are_refused(call, match):
     with pytest.raises(ValueError, match=match): call()

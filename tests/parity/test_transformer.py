@@ -263,8 +263,8 @@ def test_positions_depend_on_displacement_alone():
 def test_unpatchify_undoes_unfold():
     torch.manual_seed(0)
     image = torch.randn(2, 3, 6, 8)
-    tokens = torch.nn.functional.unfold(image, 2, stride=2).transpose(1, 2).unflatten(-1, (3, 4)).transpose(-1,
-                                                                                                            -2).flatten(2)
+    cut = torch.nn.functional.unfold(image, 2, stride=2).transpose(1, 2).unflatten(-1, (3, 4))
+    tokens = cut.transpose(-1, -2).flatten(2)
     assert torch.equal(unpatchify(tokens, 6, 8, 2), image)
 
 
@@ -282,3 +282,15 @@ def test_caption_bias_is_diffusers():
      r'\(1, 6, 16\)'), (lambda: caption_bias(torch.ones(3), torch.float32), 'one row a caption')])
 def test_building_blocks_refuse(call, word):
     with pytest.raises(ValueError, match=word): call()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('micro, embed', [(False, 0), (True, 32)])
+def test_the_forward_pass_compiles_as_one_graph(micro, embed):
+    torch.manual_seed(0)
+    ours = PixArtTransformer(TransformerConfig(sample_size=16, use_additional_conditions=micro,
+                                               guidance_embed_dim=embed, **SMALL)).eval()
+    z, t, c, mask, r, a = inputs()
+    told = {'resolution': r, 'aspect_ratio': a, 'omega': torch.arange(3.)} if micro else {}
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend='eager')(z, t, c, mask, **told),
+                               ours(z, t, c, mask, **told))
