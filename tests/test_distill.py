@@ -288,7 +288,7 @@ def test_a_run_goes_on_with_its_own_data_and_teacher_alone(batch, tmp_path):
 def test_data_that_are_not_finite_are_refused(batch, field, value):
     broken = getattr(batch, field).clone()
     broken.view(-1)[0] = value
-    with pytest.raises(ValueError, match=f'{field} holds values that are not finite'): dataset(batch, **{field: broken})
+    with pytest.raises(ValueError, match=f'{field}.* values that are not finite'): dataset(batch, **{field: broken})
 
 
 def test_loop_refuses_a_range_of_omega_that_is_none(batch, tmp_path):
