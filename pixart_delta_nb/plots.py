@@ -12,7 +12,8 @@ import torch
 from .core import require
 
 # %% ../nbs/00a_plots.ipynb #5b9653d8
-#: Colours of Okabe and Ito, apart for readers who confuse red and green: blue, vermilion, green, purple, orange, sky, black.
+#: Colours of Okabe and Ito, apart for readers who confuse red and green:
+#: blue, vermilion, green, purple, orange, sky, black.
 PALETTE = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 _DASHES = ['-', '--', '-.', ':', (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
 
@@ -74,9 +75,11 @@ def image_grid(
 def _check_grid(images, row_labels, column_labels):
     "The rules of `image_grid`."
     require(images.ndim == 5 and images.shape[2] == 3 and images.numel() > 0,
-            lambda: f'images has shape {tuple(images.shape)}; it must be (rows, columns, 3, height, width), so reshape it.')
+            lambda: f'images has shape {tuple(images.shape)}; it must be (rows, columns, 3, height, width), '
+                    'so reshape it.')
     low, high = images.min().item(), images.max().item()
     require(low >= 0 and high <= 1,
             lambda: f'images spans [{low:.3g}, {high:.3g}]; it must lie in [0, 1], so use (x / 2 + 0.5).clamp(0, 1).')
     for name, labels, size in zip(('row_labels', 'column_labels'), (row_labels, column_labels), images.shape):
-        require(len(labels) in (0, size), lambda: f'{name} has {len(labels)} entries; the grid needs {size}, or none at all.')
+        require(len(labels) in (0, size),
+                lambda: f'{name} has {len(labels)} entries; the grid needs {size}, or none at all.')

@@ -45,8 +45,10 @@ def provenance(
 ) -> dict: # ready for JSON
     "Hardware, versions, commit, seeds, wall time and command of a result; `ValueError` if `started` lies ahead."
     now = time.time()
-    require(0 < started <= now, lambda: f'started is {started}; it must be a past time.time(), so take it when the run starts.')
+    require(0 < started <= now,
+            lambda: f'started is {started}; it must be a past time.time(), so take it when the run starts.')
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {'command': command, 'seeds': dict(seeds), 'commit': _commit(), 'versions': _versions(),
-            'hardware': {'machine': platform.machine(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'gpu': gpu},
+            'hardware': {'machine': platform.machine(), 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
+                         'gpu': gpu},
             'finished': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(now)), 'wall_seconds': round(now - started, 3)}
