@@ -9,6 +9,7 @@ __all__ = ['one_model', 'adapter_of', 'lora_train']
 import contextlib
 from pathlib import Path
 from torch import Tensor, nn
+from .consistency import network_dtype
 from .distill import check_decay, lcd_loop
 from .folders import fingerprint
 from .latents import LatentDataset
@@ -38,6 +39,7 @@ def one_model(
         with base_only(model): return model(*inputs, **conditions)
     def target(*inputs, **conditions):
         with _swapped(adapter, ema.module): return model(*inputs, **conditions)
+    teacher.dtype = target.dtype = network_dtype(model)                         # in which `predict_eps` asks them
     return model, model if ema is None else target, teacher
 
 # %% ../nbs/10a_lcm_lora.ipynb #65106c53

@@ -222,3 +222,13 @@ def test_the_compiled_step_gives_the_same_gradients():
         grads.append([p.grad.clone() for p in networks[0].parameters()])
         networks[0].zero_grad()
     for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_three_networks_of_an_adapter_on_a_half_precision_base_take_a_step(dtype):
+    from pixart_delta_nb.lcm_lora import one_model
+    from pixart_delta_nb.lora import add_lora
+    batch, model = rows(4, 8, 8), add_lora(transformers(dtype)[0], 2)
+    loss = lcd_step(*one_model(model), batch, ALPHA_BAR, n=N, noise=noise_like(batch))
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
