@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .checkpoints import put_back
-from .core import load_tensors, read_json, require, save_tensors, seed_everything, write_atomic
-from .folders import WEIGHTS, check_state, fingerprint
+from .core import read_json, require, save_tensors, seed_everything, write_atomic
+from .folders import WEIGHTS, check_state, fingerprint, read_weights
 from .latents import LatentDataset
 from .optimisers import EMA, warm_constant_decay
 from .teacher import check_fields, noise_train, size_fields
@@ -226,7 +226,7 @@ def load_controlnet(
                     'folder of save_controlnet.')
     check_base(base.config, TransformerConfig(**values['base']))
     net = ControlNetTransformer(base, values['num_copies'], values['entry'], values['wiring'])
-    state = load_tensors(Path(folder)/WEIGHTS)
+    state = read_weights(folder)
     check_state(state, net.adapter.state_dict())
     net.adapter.load_state_dict(state)
     net.facts = values
