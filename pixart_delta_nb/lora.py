@@ -193,8 +193,8 @@ def _check_settings(name, settings):
     "The rules of `read_lora` for adapter_config.json."
     start = settings.get('init_lora_weights')
     require(start is None or isinstance(start, bool) or start in _STARTS,
-            lambda: f'{name} has init_lora_weights = {start!r}, which changes the base weights as well, so that A and B '
-                    'fit another base than this one; save the adapter again by peft with '
+            lambda: f'{name} has init_lora_weights = {start!r}, which changes the base weights as well, so that A and '
+                    'B fit another base than this one; save the adapter again by peft with '
                     'path_initial_model_for_weight_conversion, which makes it a plain LoRA.')
     rules = {key: _PLAIN.get(key) for key in settings if key not in _FREE}
     odd = [key for key, value in rules.items() if (settings[key] or None) != value]

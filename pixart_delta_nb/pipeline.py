@@ -217,7 +217,7 @@ def to_diffusers(
     network = diffusers_class('PixArtTransformer2DModel')(**values, cross_attention_dim=config.width)
     state = pipe.transformer.state_dict()
     check_state(state, network.state_dict())
-    network.to(weight.device, weight.dtype).load_state_dict(state, assign=True)
+    network.to(weight.device).load_state_dict(state, assign=True)                          # in the dtype of the state
     cls = _pipeline_class(pipe.is_student, config.sample_size in (32, 64, 128))
     stock = cls(pipe.tokenizer, pipe.text_encoder, pipe.vae, network.eval(), scheduler_of(pipe))
     stock.set_progress_bar_config(disable=True)
