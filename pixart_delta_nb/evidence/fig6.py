@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['FIGURE', 'run_fig6', 'jumps', 'draw_fig6', 'tell_fig6']
 
-# %% ../../nbs/evidence/fig6.ipynb #18d446e4
+# %% ../../nbs/evidence/fig6.ipynb #22254fc8
 import statistics
 import torch
 from .control_runs import MARKS, RUNS, control_snapshots, held_out, obey
 from .drawing import strip_of, unpack_images
 from .kit import Figured, Kit, measured
-from ..plots import PALETTE, use_style
+from ..plots import PALETTE, shown_as_jpeg, use_style
 from ..world.truths import scene_fidelity
 
-# %% ../../nbs/evidence/fig6.ipynb #794d7c34
+# %% ../../nbs/evidence/fig6.ipynb #3c10f7a8
 @measured('6')
 def run_fig6(
     kit: Kit,
@@ -39,7 +39,7 @@ def run_fig6(
     return strip_of(images, ['']*shown, names, run=name, marks=list(marks), values=values, ceiling=ceiling,
                     seeds={'scenes': seed, 'run': 0})
 
-# %% ../../nbs/evidence/fig6.ipynb #6cff97c0
+# %% ../../nbs/evidence/fig6.ipynb #884f65d1
 def jumps(
     found: dict, # of `run_fig6`
 ) -> list: # one share for each image that rises by 0.1 or more: 1 for a step, about 1/marks for a ramp
@@ -48,7 +48,7 @@ def jumps(
     rise, steps = v[-1] - v[0], v.diff(dim=0)                                   # (N,), (M - 1, N)
     return [min((steps[:, i].max()/rise[i]).item(), 1.) for i in range(v.shape[1]) if rise[i] >= .1]
 
-# %% ../../nbs/evidence/fig6.ipynb #7a40c8ec
+# %% ../../nbs/evidence/fig6.ipynb #913b8182
 def _strip(figure, found):
     "The pictures of `draw_fig6`, a row a scene."
     images = unpack_images(found['sheet'], len(found['captions']), len(found['columns']))
@@ -58,13 +58,13 @@ def _strip(figure, found):
         ax.set(xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
     for ax, name in zip(axes[0], found['columns']): ax.set_title(name, fontsize=8)
 
-# %% ../../nbs/evidence/fig6.ipynb #e6bfbc6e
+# %% ../../nbs/evidence/fig6.ipynb #3b3031e4
 def draw_fig6(found: dict): # of `run_fig6`
     "Above: fidelity of each image (thin) and their mean. Below: some of the images, after their condition."
     from matplotlib.figure import Figure
     use_style()
     rows, marks, v = len(found['captions']), found['marks'], torch.tensor(found['values'])
-    fig = Figure(figsize=(9, 2.8 + .85*rows), layout='constrained')
+    fig = shown_as_jpeg(Figure(figsize=(9, 2.8 + .85*rows), layout='constrained'))
     above, below = fig.subfigures(2, 1, height_ratios=[2.6, .85*rows])
     ax = above.subplots()
     for i in range(v.shape[1]): ax.plot(marks, v[:, i], color='.7', lw=.6, ls='-', marker='')
@@ -74,7 +74,7 @@ def draw_fig6(found: dict): # of `run_fig6`
     _strip(below, found)
     return fig
 
-# %% ../../nbs/evidence/fig6.ipynb #c3858199
+# %% ../../nbs/evidence/fig6.ipynb #aa15a895
 def tell_fig6(found: dict) -> str: # of `run_fig6`
     "How much of an image's rise lies between two marks, beside that of the mean."
     shares, mean = jumps(found), torch.tensor(found['values']).mean(1)

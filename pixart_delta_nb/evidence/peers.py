@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'NEVER', 'FIGURE', 'build_scheduler', 'sample_with', 'run_peers', 'draw_peers', 'tell_peers']
 
-# %% ../../nbs/evidence/peers.ipynb #b9bbd051
+# %% ../../nbs/evidence/peers.ipynb #f12cf07e
 from ..consistency import guided_eps
 from ..core import require
 from .drawing import LABELS, panels
 from .kit import Figured, Kit, exam, grade, measured
+from ..folders import diffusers_class
 from ..sampling import decode, sample_batches, sample_student
 from ..schedules import BETAS
 from ..text import null_caption
 
-# %% ../../nbs/evidence/peers.ipynb #0f5bb411
+# %% ../../nbs/evidence/peers.ipynb #8ec1febb
 SOLVERS = {
     'DDIM': ('DDIMScheduler', {'timestep_spacing': 'trailing', 'clip_sample': False}),
     'Euler': ('EulerDiscreteScheduler', {'timestep_spacing': 'trailing'}),
@@ -28,13 +29,12 @@ def build_scheduler(
     betas: dict = BETAS # every entry is passed on
 ): # a scheduler of diffusers
     "A scheduler with these betas, and times that start with the noisiest; `ValueError` on another name."
-    import diffusers
     require(solver in SOLVERS,
             lambda: f'solver is {solver!r}, but it must be one of {", ".join(SOLVERS)}: choose one of these.')
     name, options = SOLVERS[solver]
-    return getattr(diffusers, name)(**betas, **options)
+    return diffusers_class(name)(**betas, **options)
 
-# %% ../../nbs/evidence/peers.ipynb #e5edbf4e
+# %% ../../nbs/evidence/peers.ipynb #38d03f9f
 def sample_with(
     pipe, # the teacher
     solver: str, # a name of `SOLVERS`
@@ -56,7 +56,7 @@ def sample_with(
         return x
     return sample_batches(pipe, run, captions, steps, **request)
 
-# %% ../../nbs/evidence/peers.ipynb #73a9d6c8
+# %% ../../nbs/evidence/peers.ipynb #230e4ce9
 @measured('peers')
 def run_peers(
     kit: Kit,
@@ -81,7 +81,7 @@ def run_peers(
     return {'images': images, 'guidance_scale': guidance_scale, 'rows': rows,
             'seeds': {'captions': seed, 'renders': seed + 1}}
 
-# %% ../../nbs/evidence/peers.ipynb #533ee55e
+# %% ../../nbs/evidence/peers.ipynb #fd0a0e8a
 NEVER = 'no solver brings the teacher there.'
 
 def draw_peers(found: dict): # of `run_peers`
@@ -102,5 +102,5 @@ def tell_peers(found: dict) -> str: # of `run_peers`
                     f"at {best['evaluations']} evaluations; {reached}")
     return ' '.join(text)
 
-# %% ../../nbs/evidence/peers.ipynb #2bf7a333
+# %% ../../nbs/evidence/peers.ipynb #913e4fae
 FIGURE = Figured('Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*54 + 2*49 + 15))
