@@ -183,7 +183,7 @@ def imagined(dtype=torch.float32):
     "Inside, models and tensors have shapes and lifetimes but no content; `dtype` is the default of new ones."
     from torch._subclasses.fake_tensor import FakeTensorMode
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(as_dtype(dtype))
     try:
         with FakeTensorMode(): yield
     finally: torch.set_default_dtype(before)
