@@ -1,6 +1,5 @@
 "The step for anyone: any network, axes, precision, parametrisation, loss and solver, and nothing read on the host."
-import copy, re
-from pathlib import Path
+import copy
 
 import pytest
 import torch
