@@ -6,7 +6,7 @@
 __all__ = ['ARCHIVES', 'KINDS', 'FIELDS', 'read_source', 'source_name', 'save_latents', 'open_latents', 'facts_of',
            'precompute_control', 'precompute']
 
-# %% ../nbs/05e_data.ipynb #c6b04d4b
+# %% ../nbs/05e_data.ipynb #8da38b01
 import itertools, json, sys, time, warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +25,8 @@ from .sources import FolderDataset, folder_items, visible_files
 from .text import encode_captions, null_caption
 from .writing import write_shards
 
-# %% ../nbs/05e_data.ipynb #d718d2c0
-ARCHIVES = ('.tar', '.tgz', '.gz', '.parquet')
+# %% ../nbs/05e_data.ipynb #4d3c156a
+ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.parquet')
 KINDS = 'a folder of pictures, of .tar or .parquet files or of a saved data set, a .tar or a .parquet'
 
 def _folder_items(path, image, text):
@@ -39,8 +39,7 @@ def _folder_items(path, image, text):
         files = (at/n for at, names in visible_files(path) if at != '' for n in names)
         archives = [p for p in files if p.name.lower().endswith(ARCHIVES)]
         for archive in archives: yield from _path_items(archive, image, text)
-        for item in folder_items(path):
-            yield item._replace(why=item.why or 'lies beside archives, which are read alone') if archives else item
+        yield from folder_items(path)
 
 def _path_items(path, image, text):
     "Items of a folder or file."
@@ -51,7 +50,7 @@ def _path_items(path, image, text):
             lambda: f'{path} is a file of another kind, but {KINDS} is needed: pass the folder that holds it.')
     return tar_items(path)
 
-# %% ../nbs/05e_data.ipynb #45465874
+# %% ../nbs/05e_data.ipynb #4d5d29f2
 def _paths(source):
     "The paths that a source consists of; None for rows."
     if isinstance(source, (str, Path)): return [Path(source)]
@@ -80,7 +79,7 @@ def source_name(source) -> str:
     paths = [source.folder] if isinstance(source, FolderDataset) else _paths(source)
     return 'rows' if paths is None else '; '.join(str(p.resolve()) for p in paths)
 
-# %% ../nbs/05e_data.ipynb #eb8de4c9
+# %% ../nbs/05e_data.ipynb #61c5ce1e
 FIELDS = {'z': 'latents', 'caption': 'captions', 'mask': 'mask', 'null': 'null', 'null_mask': 'null_mask',
           'resolution': 'resolution', 'aspect_ratio': 'aspect_ratio', 'control': 'control'}     # names in a file
 
@@ -110,7 +109,7 @@ def open_latents(
                                  'precompute it again.')
     return LatentDataset(**{field: tensors.get(name) for field, name in FIELDS.items()}, facts=facts)
 
-# %% ../nbs/05e_data.ipynb #2a6867e4
+# %% ../nbs/05e_data.ipynb #241a63b1
 def facts_of(
     pipe, # with vae, text_encoder and scaling_factor
 ) -> dict: # of `LatentDataset.check`
@@ -131,7 +130,7 @@ def precompute_control(
             lambda: f'pictures spans [{low:.3g}, {high:.3g}], but must lie in [-1, 1]: use x*2 - 1.')
     return torch.cat([encode_pictures(pipe, x).float() for x in pictures.split(batch_size)])
 
-# %% ../nbs/05e_data.ipynb #f406bff3
+# %% ../nbs/05e_data.ipynb #e7230ca9
 def _given(pictures, captions):
     "Items of pictures whose captions come in a list; the user means every one of them."
     captions = list(captions)
@@ -156,7 +155,7 @@ def _size(pipe, source, size):
             lambda: f'size is {size!r}, but it must be a positive multiple of 16: pass for example size=128.')
     return size
 
-# %% ../nbs/05e_data.ipynb #18d1a7eb
+# %% ../nbs/05e_data.ipynb #559a2029
 def _usable(stream, every, skipped):
     "(caption, pixels, original size) of a stream of `decoded`; what cannot be used is noted or, if `every`, refused."
     for item, _, pixels, size in stream:
@@ -182,7 +181,7 @@ def _encoded(rows, batch_size, encode):
             if steered is not None: control.append(steered.float())
     return captions, sizes, z, control
 
-# %% ../nbs/05e_data.ipynb #8e0c9894
+# %% ../nbs/05e_data.ipynb #60a8f01a
 def _in_memory(pipe, stream, encode, batch_size, every, max_length, facts):
     "D_z as tensors, of a stream of `decoded`. every: whether each item must be usable."
     start, skipped = time.perf_counter(), []
@@ -211,7 +210,7 @@ def _in_shards(pipe, items, encode, out, head, workers, progress):
     data.report = report
     return data
 
-# %% ../nbs/05e_data.ipynb #9cdb0548
+# %% ../nbs/05e_data.ipynb #b582fe87
 def precompute(
     pipe, # Pipeline, or anything with vae, tokenizer, text_encoder and scaling_factor
     source, # what `read_source` takes; or, with `captions`, pictures: (N, 3, H, W) uint8 or in [-1, 1], or a list
@@ -254,7 +253,7 @@ def precompute(
     _warn(data.report)
     return data
 
-# %% ../nbs/05e_data.ipynb #21f30fb2
+# %% ../nbs/05e_data.ipynb #4d9759ec
 def _name(control):
     "What a condition is called in the facts."
     return control if control is None or isinstance(control, str) else getattr(control, '__name__', 'given')

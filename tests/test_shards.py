@@ -110,7 +110,7 @@ def test_rows_of_shards_are_the_pictures(made, pipe, rows):
 @pytest.mark.parametrize('every', [60., 0.])
 @pytest.mark.parametrize('stop', [1, 11, 17, 29])
 def test_interrupted_and_continued_gives_the_same_bytes(made, pipe, rows, tmp_path, stop, every, monkeypatch):
-    monkeypatch.setattr(writing.ShardWriter, 'EVERY', every)
+    monkeypatch.setattr(writing.Spills, "EVERY", every)
     def failing():
         yield from rows[:stop]
         raise KeyboardInterrupt
@@ -121,7 +121,7 @@ def test_interrupted_and_continued_gives_the_same_bytes(made, pipe, rows, tmp_pa
 
 
 def test_many_interruptions_with_spills_give_the_same_bytes(made, pipe, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing.ShardWriter, 'EVERY', 0.)
+    monkeypatch.setattr(writing.Spills, "EVERY", 0.)
     for stop in (9, 14, 15, 20, 28):
         with pytest.raises(OSError): precompute(pipe, itertools.chain(rows[:stop], fail_with(OSError)), out=tmp_path/'out', **OPTIONS)
     precompute(pipe, rows, out=tmp_path/'out', **OPTIONS)
