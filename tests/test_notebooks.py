@@ -4,13 +4,19 @@ from functools import cache
 from pathlib import Path
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent/'nbs').rglob('*.ipynb'))
-NOTEBOOKS = [p for p in NOTEBOOKS if not any(part.startswith('.') for part in p.parts)]
+NBS = Path(__file__).parent.parent/'nbs'
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not any(part.startswith('.') for part in p.parts))
 LABEL = re.compile(r'\\tag\{(\w+)\}')
 NUMBERS = r'\(?(\d+)\)?(?:\s*(?:,|and|to|–)\s*\(?(\d+)\))?'
 CITATION = re.compile(r'\b(?:[Ee]quations?|[Ee]qs?\.)[\s~]*' + NUMBERS + r'(?!\d|\)?\s*of the (?:report|paper))')
 FOLDER = re.compile(r'(?<![\w.:/-])/(?:work|tmp|root|home|usr|mnt|var)/\w')
-each = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+FIGURE_TYPES = ('image/png', 'image/svg+xml', 'image/jpeg')
+
+
+def place(path): return str(path.relative_to(NBS).with_suffix(''))
+
+
+each = pytest.mark.parametrize('path', NOTEBOOKS, ids=place)
 
 
 @cache
@@ -33,7 +39,7 @@ def blocks(path):
             for line in fenced.splitlines():
                 kind = 'heading' if re.match(r'#{1,6} ', line) else 'prose' if re.search(r'\w', line) else None
                 if kind and not (kind == 'prose' and found and found[-1] == 'prose'): found.append(kind)
-        elif any('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for o in cell['outputs']): found.append('figure')
+        elif any(kind in o.get('data', {}) for o in cell['outputs'] for kind in FIGURE_TYPES): found.append('figure')
     return found
 
 
@@ -55,6 +61,19 @@ def test_every_cited_equation_exists(path):
     ('(equation 5; see', {'5'}), ('equations (2), (3)', {'2', '3'}), ('no differential equation is solved', set()),
     ('equation (4) of the report', set()), ('an equation: 3 apples', set())])
 def test_citations_are_recognised(text, wanted): assert cited(text) == wanted
+
+
+@each
+def test_a_notebook_opens_with_its_summary_and_ends_with_recap_exercises_and_the_next_one(path):
+    text = [source(c) for c in cells(path) if c['cell_type'] == 'markdown']
+    assert re.match(r'# \S.*\n\n> \S', text[0])
+    whole = '\n'.join(text)
+    assert whole.count('\n## Recap') == 1 and whole.count('\n## Exercises') == 1 and re.search(r'(?m)^Next: ', text[-1])
+    assert whole.rindex('\n## Recap') < whole.rindex('\n## Exercises') < whole.rindex('Next: ')
+
+
+@each
+def test_a_notebook_is_lean(path): assert path.stat().st_size <= 600_000
 
 
 @each
@@ -86,7 +105,8 @@ def test_live_widgets_have_a_readable_fallback(path):
 
 
 CHECK = re.compile(r'\bassert\b|\btest_(?:eq|close|fail)\(|\bassert_close\(|\bexcept ValueError\b|\b(?:refusal|rejects)\(')
-GROUND = [p for p in NOTEBOOKS if p.stem[:2] in ('00', '01', '02', '03', '04', '06', '08', '09')]
+GROUND = [NBS/f'{name}.ipynb' for name in (
+    '00_core', '00a_plots', '00b_provenance', '01_schedules', '02_solvers', '03_consistency', '04_toy', '06_transformer', '08_distill', '09_sampling')]
 
 
 @cache
@@ -101,7 +121,7 @@ def boxes():
     return found
 
 
-@pytest.mark.parametrize('number', range(1, 18))
+@pytest.mark.parametrize('number', range(1, 19))
 def test_every_disagreement_has_a_box_with_a_check_below_it(number):
     complete = [quote for path, i, quote in boxes().get(number, []) if re.search('report', quote, re.I) and re.search('code|diffusers', quote)
                 and any(c['cell_type'] == 'code' and CHECK.search(source(c)) for c in cells(path)[i + 1:i + 13])]
@@ -118,7 +138,7 @@ def exports(path):
                 yield i, node.name, [node.name, *methods]
 
 
-@pytest.mark.parametrize('path', GROUND, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', GROUND, ids=place)
 def test_every_export_has_two_checks_in_its_notebook(path):
     few = {}
     for i, name, words in exports(path):

@@ -1,5 +1,6 @@
 """README and notebooks quote no decimal number that is not found, rounded, in a results file, in the card of the weights or, in a notebook, in its cells."""
 import json, re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def an_image(value):
         for v in (value.values() if isinstance(value, dict) else value): yield from an_image(v)
 
 
+@cache
 def measured() -> set:
     "Every number of results/ and of the cards, and seconds an image."
     pool = set()
@@ -55,10 +57,10 @@ def measured() -> set:
 
 def computed() -> list:
     "The sentences and table cells that the package computes from the stored numbers, intervals and means among them."
-    from pixart_delta_nb.evidence.figures import FIGURES
+    from pixart_delta_nb.evidence.figures import stored_figures
     from pixart_delta_nb.evidence.results import rows_of
     read = lambda path: json.loads(path.read_text(encoding='utf-8'))
-    told = [entry.tell(read(path)) for entry in FIGURES.values() if (path := ROOT/f'results/{entry.file}.json').is_file()]
+    told = [entry.tell(found) for entry, found in stored_figures(ROOT/'results')]
     return told + [cell for name in ('reproduce', 'evaluate') for row in rows_of(read(ROOT/f'results/{name}/results.json'))[1] for cell in row]
 
 
@@ -72,7 +74,7 @@ def test_readme_quotes_measured_numbers_only(name):
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 MATHS = re.compile(r'\$\$.*?\$\$|\$[^$\n]*\$', re.S)
 IN_CODE = re.compile(r'(?<![\w.])(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?')
-GIVEN = {3.5, 4.5, 5.5, .00085, .012, 5.4, 4.7,   # the report's ω and s, LCM's β; billions of parameters of PixArt's parts and of T5-XXL's encoder
+GIVEN = {3.5, 4.5, 5.5, .00085, .012, .18215, 5.4, 4.7,   # the report's ω and s, LCM's β; Stable Diffusion's scaling factor; billions of parameters of PixArt's parts and of T5-XXL's encoder
          5.45, .85, 5.55, .75, 1.36, 1.41,        # rounding of Table 2's V100 row; 0.75 % of the diagonal, usual in edge detection, that of 128 pixels, and √2
          43.8, 2.5, 97.5, 1.96, 4.303}            # quantiles: chi-squared with 19 degrees of freedom, percentiles, normal, t with 2
 
@@ -98,7 +100,7 @@ def unfounded(path, pool):
         found_in(text, decimals, percent, pool | above) or percent and found_in(text, decimals, False, pool | above))]
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs').with_suffix('')))
 def test_notebooks_quote_numbers_of_a_cell_above_or_of_results_only(path):
     missing = unfounded(path, measured())
     assert not missing, f'{path.name} quotes {", ".join(missing)}, which no cell above, no results file and no card holds: print the number, or leave it out.'

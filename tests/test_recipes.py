@@ -128,7 +128,7 @@ def test_conditions_of_other_pictures_are_read_off_them(folder):
 
 
 def test_latents_of_the_world_carry_the_control_of_the_same_scenes():
-    pipe = tiny_pipeline(0)
+    pipe = tiny_pipeline(0, captions=[make(7, i)[1] for i in range(3)])
     data = R.scene_data(pipe, 3, 7, 'edges')
     with torch.no_grad(): z = pipe.vae.encode(truth(make(7, 2)[0], 'edges')[None]).latent_dist.mode()*pipe.scaling_factor
     assert data.control.shape == data.z.shape and data.facts['world'] == 7

@@ -16,8 +16,9 @@ from .speed import seconds_of
 
 # %% ../../nbs/evidence/figures.ipynb #013febc4
 FIGURES = {'2': 'fig2', '3': 'fig3', '5': 'fig5', '6': 'fig6', '7': 'fig7', '8': 'fig8', '12': 'fig12',
-           'table1': 'table1', 'table2': 'table2', 'schedule': 'schedule', 'peers': 'peers', 'lora': 'lora', 'omega': 'omega',
-           'attributes': 'attributes', 'control': 'control', 'control-cost': 'control_cost', 'benchmarks': 'benchmarks'}
+           'table1': 'table1', 'table2': 'table2', 'schedule': 'schedule', 'peers': 'peers', 'lora': 'lora',
+           'omega': 'omega', 'attributes': 'attributes', 'control': 'control', 'control-cost': 'control_cost',
+           'benchmarks': 'benchmarks'}
 
 # %% ../../nbs/evidence/figures.ipynb #21687d72
 def _module(name):

@@ -113,8 +113,9 @@ def open_kit(
     return kit
 
 def tiny_kit(seed=0) -> Kit: # random weights, pictures of 128 pixels
-    "A kit of random networks for tests and demonstrations."
-    teacher, student = tiny_pipeline(seed), tiny_pipeline(seed, omega=3.5)
+    "A kit of random networks, which know the words of this world, for tests and demonstrations."
+    words = [make(0, i)[1] for i in range(100)]
+    teacher, student = tiny_pipeline(seed, captions=words), tiny_pipeline(seed, omega=3.5, captions=words)
     for pipe in (teacher, student): pipe.transformer.config.sample_size = 16
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

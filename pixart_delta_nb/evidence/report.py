@@ -50,7 +50,8 @@ def tell_speed(
     "The three ratios of the teacher with 14 steps to the student with 4."
     s = speed
     return (f"Batch {s['batch']}: evaluations {s['evaluation_ratio']:.1f} to 1; "
-            f"denoising {s['denoising_ratio']:.2f} times, end to end {s['end_to_end_ratio']:.2f} times faster with the student at 4 steps.")
+            f"denoising {s['denoising_ratio']:.2f} times, end to end {s['end_to_end_ratio']:.2f} times faster "
+            'with the student at 4 steps.')
 
 def _table(results):
     "The main table with its sentences."

@@ -42,7 +42,8 @@ def _ceiling(kit, paper, seed):
 
 # %% ../../nbs/evidence/results.ipynb #ab951da4
 HEADS = {'frechet': 'Fréchet (judge)', 'frechet_imagenet': 'Fréchet (ImageNet)', 'kernel_imagenet': 'kernel (ImageNet)',
-         'frechet_inception': 'FID', 'kernel_inception': 'KID', 'clip': 'CLIP score', 'clip_public': 'CLIP score (public)'}
+         'frechet_inception': 'FID', 'kernel_inception': 'KID', 'clip': 'CLIP score',
+         'clip_public': 'CLIP score (public)'}
 
 def _cell(row, name, digits):
     "A score with half the width of its interval, if it has one."

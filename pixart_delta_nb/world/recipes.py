@@ -167,7 +167,7 @@ class ConditionPictures(torch.utils.data.Dataset):
     ):
         check_condition(condition, CONDITIONS if scenes.seed is not None else ('edges', 'hard'))
         self.scenes, self.condition, self.count = scenes, condition, min(count or len(scenes), len(scenes))
-        self.seed = scenes.seed                                                 # of the world; None for pictures of your own
+        self.seed = scenes.seed                                     # of the world; None for pictures of your own
 
     def __len__(self): return self.count
 
