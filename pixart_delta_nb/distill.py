@@ -110,7 +110,7 @@ def lcd_loop(
 ) -> list: # records of the loss
     """The loop around `lcd_step`, whatever plays its three parts; stops and resumes bit for bit.
 
-    Raises `ValueError` for an ω that the student cannot be told, half-precision weights and another run's checkpoint."""
+    Raises `ValueError` for an ω that the student cannot be told, half-precision weights, another run's checkpoint."""
     _check_omega(omega, networks[0])
     generator, device = torch.Generator().manual_seed(seed), next(trained.parameters()).device
     sized = getattr(getattr(networks[0], 'config', None), 'use_additional_conditions', False)
