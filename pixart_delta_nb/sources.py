@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOREIGN', 'LISTS', 'visible_files', 'folder_items', 'FolderDataset']
 
-# %% ../nbs/05b_sources.ipynb #79826740
+# %% ../nbs/05b_sources.ipynb #e8e8d407
 import csv, json, os, warnings
 from pathlib import Path
 import torch
@@ -13,7 +13,7 @@ from .core import require
 from .pictures import IMAGE_SUFFIXES, Item, decode, picture_data, read_picture, reason
 from .pictures import text_or_reason, told, usable
 
-# %% ../nbs/05b_sources.ipynb #e2a9824d
+# %% ../nbs/05b_sources.ipynb #9befb526
 FOREIGN = ('.heic', '.heif', '.svg', '.jxl', '.cr2', '.nef', '.arw', '.dng', '.exr')    # not opened by Pillow
 LISTS = ('metadata.jsonl', 'metadata.csv')
 
@@ -27,7 +27,7 @@ def visible_files(
         yield Path(at), sorted(n for n in names if not n.startswith('.'))
     for error in errors: yield '', error
 
-# %% ../nbs/05b_sources.ipynb #dd2a1c4b
+# %% ../nbs/05b_sources.ipynb #e307dce6
 def _lines(raw):
     "(number, text, reason) of the lines of a list."
     text, why = text_or_reason(raw)
@@ -45,7 +45,7 @@ def _json_rows(raw):
         if not why and not isinstance(row, dict): why = 'no JSON object'
         yield f'line {i}', row if isinstance(row, dict) else {}, why
 
-# %% ../nbs/05b_sources.ipynb #7f5289bd
+# %% ../nbs/05b_sources.ipynb #d9d27fb0
 def _csv_rows(raw):
     "(label, row, reason) of each row of metadata.csv."
     text, why = text_or_reason(raw)
@@ -60,7 +60,7 @@ def _csv_rows(raw):
         except csv.Error as error: row, why = {}, str(error)
         yield f'line {reader.line_num}', {str(k).strip(): v for k, v in row.items()}, why
 
-# %% ../nbs/05b_sources.ipynb #6f0de29a
+# %% ../nbs/05b_sources.ipynb #22969d4a
 def _listed(folder, path):
     "Items of a list: of a picture that it names, or of a line with a reason."
     where = path.relative_to(folder).as_posix()
@@ -81,7 +81,7 @@ def _named(folder, at, name, caption):
     name = os.path.relpath(path, folder).replace(os.sep, '/')
     return Item(name, path, caption, '' if path.exists() else 'not found', name)
 
-# %% ../nbs/05b_sources.ipynb #7a8f9fbf
+# %% ../nbs/05b_sources.ipynb #31f8a12c
 def _beside(folder, path):
     "The item of a picture without a list."
     name, note = path.relative_to(folder).as_posix(), path.with_suffix('.txt')
@@ -105,7 +105,7 @@ def _here(folder, at, names, lists, named):
         if name in named: continue
         yield _beside(folder, path) if above is None else Item(name, why=f'not in {above}')
 
-# %% ../nbs/05b_sources.ipynb #50547eca
+# %% ../nbs/05b_sources.ipynb #f1472110
 def folder_items(
     folder: Path, # which holds pictures, texts beside them, lists
 ): # items, in a fixed order
@@ -115,7 +115,7 @@ def folder_items(
         if at == '': yield Item(str(names.filename), why=reason(names))
         else: yield from _here(folder, at, names, lists, named)
 
-# %% ../nbs/05b_sources.ipynb #94d2e48e
+# %% ../nbs/05b_sources.ipynb #5ec7794c
 class FolderDataset(torch.utils.data.Dataset):
     """Your pictures: {'image': (3, size, size) in [-1, 1], 'caption': str}; `skipped` lists (name, reason).
     ValueError if size is no multiple of 16, or if no picture can be used."""

@@ -304,3 +304,12 @@ def test_a_folder_of_hidden_files_alone_holds_nothing(pipe, tmp_path):
 def test_an_array_of_something_else_is_one_sentence(pipe):
     with pytest.raises(ValueError, match='picture 0 cannot be used') as caught: precompute(pipe, np.array([1]), ['x'], progress=False)
     assert '\n' not in str(caught.value)
+
+
+def test_a_folder_is_precomputed_and_opened_through_the_front_door(folder, tmp_path):
+    from pixart_delta_nb import load_pipeline, open_latents, precompute
+    pipe = load_pipeline()
+    with pytest.warns(UserWarning, match='never met'): data = precompute(pipe, folder, out=tmp_path/'latents', progress=False)
+    assert data.report['skipped'] == [] and data.report['encoded'] == 6
+    again = precompute(pipe, folder, out=tmp_path/'latents', progress=False)
+    assert again.report['encoded'] == 0 and open_latents(tmp_path/'latents').facts == again.facts == facts_of(pipe) | {'world': None, 'control': None}
