@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['storage_bytes', 'encoder_operations', 'keyed', 'decoded', 'encode_pictures', 'encode_rows']
 
-# %% ../nbs/05ca_encoding.ipynb #d25c2633
+# %% ../nbs/05ca_encoding.ipynb #7d911870
 import itertools
 import torch
 from .core import require
 from .pictures import Item, ahead, decode, digest, picture_data, reason, short_digest, unit
 
-# %% ../nbs/05ca_encoding.ipynb #ee5ef439
+# %% ../nbs/05ca_encoding.ipynb #bd0cacca
 def storage_bytes(
     images: int, # N
     size: int, # S, pixels
@@ -34,7 +34,7 @@ def encoder_operations(
         vae.encode(torch.empty(1, 3, size, size, device=next(vae.parameters()).device))
     return counter.get_total_flops()
 
-# %% ../nbs/05ca_encoding.ipynb #c2718d1a
+# %% ../nbs/05ca_encoding.ipynb #21230674
 def _digested(item):
     "An item with its picture's bytes in place of a path, and their digest; with a reason where that fails."
     if item.why: return item, ''
@@ -69,7 +69,7 @@ def decoded(
     except Exception as error: return item._replace(why=reason(error)), key, None, None      # Pillow raises many kinds
     return item._replace(picture=None), key, pixels, size
 
-# %% ../nbs/05ca_encoding.ipynb #1b3d4994
+# %% ../nbs/05ca_encoding.ipynb #3fbceee3
 def encode_pictures(
     pipe, # with vae and scaling_factor
     x: torch.Tensor, # (b, 3, H, W) in [-1, 1]

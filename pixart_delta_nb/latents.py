@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTS', 'Batch', 'LatentDataset']
 
-# %% ../nbs/05c_latents.ipynb #55f7cb76
+# %% ../nbs/05c_latents.ipynb #2909634f
 import hashlib, json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .core import at_least_float32, load_tensors, require
 
-# %% ../nbs/05c_latents.ipynb #3d3e1c36
+# %% ../nbs/05c_latents.ipynb #c12e5074
 class Batch(NamedTuple):
     "Rows of D_z (Algorithm 1): scaled latents and caption embeddings, with the one null caption that all rows share."
     z: Tensor                           # (B, C, ...), times the scaling factor
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
         "The same rows on another device."
         return Batch(*(v if v is None else v.to(device) for v in self))
 
-# %% ../nbs/05c_latents.ipynb #0c364fa4
+# %% ../nbs/05c_latents.ipynb #54946310
 FACTS = ('scaling_factor', 'vae', 'text_encoder')
 
 @dataclass
