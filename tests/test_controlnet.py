@@ -323,7 +323,7 @@ def test_controls_must_fit(base, inputs, data, tmp_path):
     with pytest.raises(ValueError, match=r'\[-1, 1\]'): precompute_control(pipe, torch.full((1, 3, 64, 64), 255.))
     with pytest.raises(ValueError, match='lacks control'): train_controlnet(base, replace(data, control=None), tmp_path)
     with pytest.raises(ValueError, match='each latent needs'): train_controlnet(base, replace(data, control=data.control[:2]), tmp_path)
-    with pytest.raises(ValueError, match='width 9'): train_controlnet(base, replace(data, caption=torch.zeros(6, 5, 9)), tmp_path)
+    with pytest.raises(ValueError, match='width 6, but the data has 9'): train_controlnet(base, replace(data, caption=torch.zeros(6, 5, 9)), tmp_path)
 
 
 def test_another_base_is_refused(base):
