@@ -248,9 +248,12 @@ def load_part(
     dtype: torch.dtype | str = torch.float32, # the weights are cast to this while they are read
 ):
     "A network of diffusers or transformers from its folder; `ValueError` where it is damaged or lacks tensors."
+    from importlib.util import find_spec
     reason, key = '', 'dtype' if cls.__module__.startswith('transformers') else 'torch_dtype'
     options = {'local_files_only': True, 'output_loading_info': True, 'variant': variant_of(folder)}
     options[key] = as_dtype(dtype)
+    if key == 'torch_dtype' and not find_spec('accelerate'):            # or diffusers complains of its absence
+        options['low_cpu_mem_usage'] = False
     try:
         with no_bars(): model, info = cls.from_pretrained(folder, **options)
     except Exception as error: reason = (str(error).splitlines() or [type(error).__name__])[0]

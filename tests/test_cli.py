@@ -1,5 +1,5 @@
 """Commands: what is written, one clear sentence for what cannot be done, and what is left where a command is stopped."""
-import io, json, os, signal, subprocess, sys, time
+import functools, io, json, os, signal, subprocess, sys, time
 import pytest
 from PIL import Image
 from pixart_delta_nb import cli
@@ -185,7 +185,16 @@ def test_latents_of_another_model_are_refused(own, tmp_path, capsys):
         assert 'precompute' in refused(capsys, *command, *mine)
 
 
-def test_the_world_goes_from_nothing_to_a_student_with_the_defaults(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small(monkeypatch):
+    "The world's stages on eight scenes: two captions held out, eight rows a step of the teacher."
+    from pixart_delta_nb import teacher
+    from pixart_delta_nb.world import recipes
+    monkeypatch.setattr(recipes, 'train_text_encoder', functools.partial(recipes.train_text_encoder, held_out=2))
+    monkeypatch.setattr(teacher, 'train_teacher', functools.partial(teacher.train_teacher, batch_size=8))
+
+
+def test_the_world_goes_from_nothing_to_a_student_with_the_defaults(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run('render', '--count', 8)
     for command in ('train-vae', 'train-text', 'train-teacher'): run(command, '--steps', 1)
@@ -197,7 +206,7 @@ def test_the_world_goes_from_nothing_to_a_student_with_the_defaults(tmp_path, mo
     assert load_pipeline('runs/student/pipeline').is_student
 
 
-def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(tmp_path):
+def test_a_decoder_can_be_trained_further_and_a_teacher_from_given_weights(small, tmp_path):
     from pixart_delta_nb import load_pipeline
     from pixart_delta_nb.folders import shipped
     data, vae, teacher = (tmp_path/n for n in ('data', 'vae', 'teacher'))

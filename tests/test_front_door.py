@@ -51,3 +51,11 @@ def test_the_page_names_each_of_them_once():
     page = json.loads((Path(__file__).parents[1]/'nbs/front_door.ipynb').read_text(encoding='utf-8'))
     text = ''.join(''.join(c['source']) for c in page['cells'] if c['cell_type'] == 'markdown')
     for name in pixart_delta_nb.__all__: assert text.count(f'| `{name}`') == 1, name
+
+
+def test_the_shipped_model_opens_without_a_word_where_accelerate_is_not_installed():
+    code = ('import importlib.util as u\nfound, hidden = u.find_spec, ("accelerate", "peft", "bitsandbytes")\n'
+            'u.find_spec = lambda name, *rest: None if name in hidden else found(name, *rest)\n'
+            'from pixart_delta_nb import load_pipeline\nload_pipeline()')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and 'accelerate' not in done.stderr, done.stderr
