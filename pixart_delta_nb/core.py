@@ -226,10 +226,12 @@ def progress(
     desc: str = '', # what is counted
     shown: bool | None = None, # False for silence
 ): # tqdm, or its likeness: iterable, `update`, `set_postfix`, `close`, a context manager
-    "A bar on a terminal or in a notebook, elsewhere a plain line every 30 seconds."
+    "A bar on a terminal or, after ten seconds, in a notebook; elsewhere a plain line every 30 seconds."
     from tqdm.auto import tqdm
-    if shown is False or sys.stderr.isatty() or 'ipykernel' in sys.modules:
-        return tqdm(items, total=total, initial=initial, desc=desc, disable=shown is False, leave=False)
+    kernel = 'ipykernel' in sys.modules
+    if shown is False or sys.stderr.isatty() or kernel:
+        options = {'total': total, 'initial': initial, 'desc': desc, 'delay': 10*kernel}
+        return tqdm(items, disable=shown is False, leave=False, **options)
     return PlainProgress(items, total, initial, desc)
 
 # %% ../nbs/00_core.ipynb #56e009ca
