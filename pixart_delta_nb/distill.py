@@ -106,6 +106,10 @@ def lcd_loop(
     clip: float = 0.01, # gradient norm, 0 for none
     eight_bit: bool = False, # AdamW's moments in 8 bits
     config: dict | None = None, # further settings that a resumed run keeps to
+    *,
+    loss: Callable = pseudo_huber, # as of `lcd_step`
+    solver: Callable = ddim_step, # likewise
+    prediction: str = 'epsilon', # as of `lcd_step`
     **engine # resume, log, until, log_every, save_every, accumulate, progress, schedule of `training.train`
 ) -> list: # records of the loss
     """The loop around `lcd_step`, whatever plays its three parts; stops and resumes bit for bit.
@@ -119,11 +123,13 @@ def lcd_loop(
         if not sized: batch = batch._replace(resolution=None, aspect_ratio=None)
         # (B,)
         if not isinstance(omega, (int, float)): w = torch.empty(batch_size).uniform_(*omega, generator=generator)
-        return lcd_step(*networks, batch, alpha_bar, w, k, generator)
+        return lcd_step(*networks, batch, alpha_bar, w, k, generator, loss=loss, solver=solver,
+                        prediction=prediction)
     def after(step, steps):
         for ema, decay in averages.values(): ema.update(trained, decay(step))
     config = dict(batch_size=batch_size, lr=lr, omega=omega, k=k, seed=seed, warmup=warmup, clip=clip,
-                  eight_bit=eight_bit, data=data.fingerprint) | (config or {})
+                  eight_bit=eight_bit, prediction=prediction, data=data.fingerprint) | (config or {})
+    config |= {name: getattr(f, '__name__', type(f).__name__) for name, f in (('loss', loss), ('solver', solver))}
     optimiser = adamw(trained.parameters(), lr, eight_bit, eps=1e-10)
     state = {'trained': trained, 'adamw': optimiser,
              'generator': generator} | {name: ema for name, (ema, _) in averages.items()}
@@ -162,7 +168,8 @@ def lcd_train(
     mu: float = 0.95, # EMA decay of the target
     student: nn.Module | None = None, # network to start from instead of a copy
     average: float = 0., # decay of a slow average of θ that is returned in its place; 0 for none
-    **options # of `lcd_loop`: batch_size, lr, omega, k, seed, warmup, clip, eight_bit, resume, …
+    # of `lcd_loop`: batch_size, lr, omega, k, seed, warmup, clip, eight_bit, loss, solver, prediction, resume, …
+    **options
 ) -> tuple: # student (or its average), target, records of the loss
     "Algorithm 1 (report §3.3 for the defaults). Raises `ValueError` as `lcd_loop` does, and for μ outside [0, 1]."
     check_decay(mu)

@@ -164,6 +164,8 @@ def decode(
         x = torch.as_tensor(np.ascontiguousarray(data))
         if x.ndim == 3 and x.shape[0] != 3 and x.shape[2] == 3: x = x.permute(2, 0, 1)
         require(x.ndim == 3 and x.shape[0] == 3, lambda: f'pixels of shape {tuple(x.shape)}, but (3, H, W) is needed')
+        rule = lambda: f'numbers from {x.min():.4g} to {x.max():.4g}, but uint8 or floats in [-1, 1] are needed'
+        require(x.dtype == torch.uint8 or x.is_floating_point() and bool((x.abs() <= 1 + 1e-3).all()), rule)
         if not bins or tuple(x.shape[1:]) in map(tuple, bins): return x, tuple(x.shape[1:])
         from PIL import Image
         x = x if x.dtype == torch.uint8 else ((x.float() + 1)*127.5).round().clamp(0, 255).byte()

@@ -10,7 +10,7 @@ from pixart_delta_nb.data import open_latents
 from pixart_delta_nb.latents import Batch, LatentDataset
 from pixart_delta_nb.consistency import guided_eps, pair_with_null, predict_eps
 from pixart_delta_nb.distill import lcd_step, lcd_train, pseudo_huber
-from pixart_delta_nb.schedules import alpha_bar_from_betas, linear_betas
+from pixart_delta_nb.schedules import alpha_bar_from_betas, at, eps_to_x0, linear_betas, to_v
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 
 ALPHA_BAR = alpha_bar_from_betas(linear_betas())
@@ -151,9 +151,9 @@ class Linear(nn.Module):
         return self.weight[0]*x + self.weight[1]*caption.mean((1, 2)).reshape(-1, 1, 1, 1)
 
 
-def train_linear(batch, out, **options):
+def train_linear(batch, out, teacher=None, **options):
     light = LatentDataset(*(v.float() if v is not None and v.is_floating_point() else v for v in batch))
-    teacher = Linear()
+    teacher = teacher or Linear()
     return teacher, *lcd_train(teacher, light, ALPHA_BAR, out,
                                **({'steps': 8, 'batch_size': 2, 'lr': 1e-3, 'warmup': 2, 'progress': False} | options))
 
@@ -170,6 +170,25 @@ def test_loop_resumes_bit_for_bit(batch, tmp_path, average):
 def test_loop_moves_the_student_and_leaves_the_teacher(batch, tmp_path):
     teacher, student, _, _ = train_linear(batch, tmp_path)
     assert torch.equal(teacher.weight, Linear().weight) and not torch.equal(student.weight, teacher.weight)
+
+
+class LinearV(Linear):
+    "`Linear`, which answers with v."
+    def forward(self, x, t, caption, mask):
+        eps, ab = super().forward(x, t, caption, mask), at(ALPHA_BAR, t, x)
+        return to_v(eps_to_x0(x, eps, ab), eps, ab)
+
+
+def test_the_loop_hands_loss_solver_and_prediction_to_the_step(batch, tmp_path):
+    log, in_v = (train_linear(batch, tmp_path/kind.__name__, teacher=kind(), prediction=prediction)[3]
+                 for kind, prediction in ((Linear, 'epsilon'), (LinearV, 'v_prediction')))
+    assert [row['loss'] for row in in_v] == pytest.approx([row['loss'] for row in log], rel=1e-4)
+    squared = train_linear(batch, tmp_path/'squared', loss=nn.functional.mse_loss)[3]
+    stays = train_linear(batch, tmp_path/'stays', solver=lambda x, eps, ab_t, ab_s: x)[3]
+    assert len({row[-1]['loss'] for row in (log, squared, stays)}) == 3
+    for wrong in ({'prediction': 'sample'}, {'loss': nn.functional.mse_loss}):
+        with pytest.raises(ValueError, match='other settings'):
+            train_linear(batch, tmp_path/'Linear', resume=True, **wrong)
 
 
 def test_target_is_the_average_of_algorithm_1(batch, tmp_path):

@@ -399,3 +399,10 @@ def test_broken_file_of_a_saved_data_set_keeps_the_rest(tmp_path):
 
 def test_an_item_needs_picture_and_caption():
     assert [usable(i).why for i in (Item('a', b'x', 'c'), Item('a', b'x', ' '), Item('a', None, 'c'), Item('a', b'x', ['c']))] == ['', 'no caption', 'no picture', 'no caption']
+
+
+@pytest.mark.parametrize('pixels', [np.full((3, 8, 8), 200.), np.full((8, 8, 3), 200, np.int64), torch.full((3, 8, 8), torch.nan)], ids=['0 to 255 as floats', 'integers of another kind', 'nan'])
+def test_an_array_that_is_neither_bytes_nor_in_range_is_refused(pixels):
+    with pytest.raises(ValueError, match=r'uint8 or floats in \[-1, 1\]'): decode(pixels)
+    with pytest.raises(ValueError, match=r'uint8 or floats in \[-1, 1\]'): decode(pixels, [(8, 8)])
+    assert decode(np.full((3, 8, 8), -1.))[0].shape == decode(np.zeros((8, 8, 3), np.uint8))[0].shape == (3, 8, 8)
