@@ -7,12 +7,7 @@ from pixart_delta_nb.evidence.attributes import ROWS, accuracy_table, table_line
 from pixart_delta_nb.world.words import ATTRIBUTES, attributes, make
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class Reads(nn.Module):

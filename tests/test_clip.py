@@ -13,12 +13,7 @@ from pixart_delta_nb.world.words import make
 CAPTIONS = [make('test scores', i)[1] for i in range(40)]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

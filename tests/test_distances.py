@@ -12,12 +12,7 @@ from pixart_delta_nb.evidence.distances import (bootstrap_interval, features_of,
 from pixart_delta_nb.evidence.judge import Evaluator
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def gaussians(n, mean, sigma, seed):

@@ -21,10 +21,7 @@ OLD = {'_class_name': 'Transformer2DModel', '_diffusers_version': '0.22.0.dev0',
 SHAPE = {'num_attention_heads': 2, 'attention_head_dim': 12, 'num_layers': 1, 'caption_channels': 48, 'cross_attention_dim': 24}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 
 def varint(n): return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)

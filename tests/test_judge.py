@@ -16,12 +16,7 @@ NAMES = list(ATTRIBUTES)
 SHIPPED = shipped('evaluator')/'evaluator.safetensors'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

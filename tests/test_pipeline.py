@@ -14,10 +14,7 @@ CAPTION = 'a red cube on grass'
 SMALL = tiny_pipeline().transformer.config
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 
 @pytest.fixture(scope='module')

@@ -12,12 +12,7 @@ from pixart_delta_nb.sampling import sample_student
 from pixart_delta_nb.world.recipes import scene_data
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

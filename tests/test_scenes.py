@@ -10,12 +10,7 @@ BALL = W.Thing('sphere', 'red', 'large', .4, -.3, .5)
 CENTRE, RADIUS = torch.tensor([.4, W.SIZES['large'], -.3], dtype=torch.float64), W.SIZES['large']
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # the data set the published weights saw -------------------------------------------------------------------------

@@ -17,8 +17,7 @@ SETTINGS = dict(steps=2, lr=1e-3, batch_size=2, warmup=1, progress=False)
 CONTROL = dict(steps=2, num_copies=1, batch_size=2, progress=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

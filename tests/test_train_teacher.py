@@ -11,10 +11,7 @@ ALPHA_BAR = alpha_bar_of(BETAS)
 START = loss_weight(ALPHA_BAR).mean().item()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 
 @pytest.fixture

@@ -9,10 +9,7 @@ from pixart_delta_nb.optimisers import EMA, Muon, adamw, early_decay, optimisers
 from pixart_delta_nb.training import tensorboard_log, train
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures('seeded')
 
 
 def task(seed=0):

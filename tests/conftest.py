@@ -1,0 +1,16 @@
+"What the tests of several modules share."
+import pytest
+import torch
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Small networks are slower on two threads than on one."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seeded(one_thread): torch.manual_seed(0)
