@@ -9,7 +9,6 @@ __all__ = ['COMMANDS', 'JoinRows', 'own_rows', 'shard', 'Rows', 'is_sharded', 's
 
 # %% ../nbs/15_scale.ipynb #e7f7c8b0
 import copy, os, sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 import torch
@@ -21,7 +20,7 @@ from .core import gathered, require, split_like
 from .distill import lcd_train
 from .lcm_lora import lora_train
 from .lora import add_lora
-from .pipeline import load_pipeline, save_pipeline, save_student
+from .pipeline import save_student, save_teacher
 from .stages import finished, omega_of, open_stage, write_lora
 from .teacher import train_teacher
 from .transformer import Block
@@ -220,10 +219,7 @@ def teach_many(pipeline, latents, out, steps=20000, recompute=False, **options) 
     options = {'alpha_bar': opened.alpha_bar, 'device': accelerator.device} | options
     plain = train_teacher(data, out, steps, transformer=accelerated(transformer, accelerator), **options).plain().cpu()
     facts = {'taught': {'steps': steps, 'processes': accelerator.num_processes}}
-    def write():
-        pipe = load_pipeline(opened.path)
-        save_pipeline(replace(pipe, transformer=plain), folder, **facts)
-    finish_many(accelerator, write, steps, **options)
+    finish_many(accelerator, lambda: save_teacher(plain, folder, opened.path, **facts), steps, **options)
     return folder
 
 def control_many(pipeline, latents, out, control=None, steps=4000, num_copies=13, recompute=False, **options) -> Path:

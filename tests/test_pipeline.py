@@ -4,7 +4,7 @@ import pytest, torch
 from pixart_delta_nb.consistency import guided_eps
 from pixart_delta_nb.folders import fingerprint, read_card, save_card, shipped
 from pixart_delta_nb.hub import Model, open_folder, read_scheduler
-from pixart_delta_nb.pipeline import Pipeline, load_pipeline, save_pipeline, save_student, tiny_pipeline, to_diffusers
+from pixart_delta_nb.pipeline import Pipeline, load_pipeline, save_pipeline, save_student, save_teacher, tiny_pipeline, to_diffusers
 from pixart_delta_nb.sampling import generate, make_generators
 from pixart_delta_nb.schedules import BETAS, alpha_bar_from_betas, alpha_bar_of, linear_betas
 from pixart_delta_nb.text import encode_captions, null_caption
@@ -281,6 +281,15 @@ def test_a_student_is_saved_without_its_teachers_other_parts(saved, tmp_path):
     for name in ('vae/diffusion_pytorch_model.safetensors', 'text_encoder/model.safetensors', 'tokenizer/tokenizer.json'):
         assert (tmp_path/'student'/name).samefile(saved/name)
     assert type(stock_of(tmp_path/'student').scheduler).__name__ == 'LCMScheduler' and open_folder(saved).omega is None
+
+
+def test_a_teacher_trained_further_is_saved_without_the_other_parts_and_stays_a_teacher(saved, tmp_path):
+    save_teacher(PixArtTransformer(SMALL), tmp_path/'taught', like=saved, taught=7)
+    again = load_pipeline(tmp_path/'taught')
+    assert not again.is_student and again.omega is None and again.config['card']['taught'] == 7
+    assert (tmp_path/'taught/text_encoder/model.safetensors').samefile(saved/'text_encoder/model.safetensors')
+    assert type(stock_of(tmp_path/'taught').scheduler).__name__ == 'DPMSolverMultistepScheduler'
+    with pytest.raises(ValueError, match='would be lost'): save_teacher(PixArtTransformer(SMALL), saved, like=saved)
 
 
 def test_a_student_is_copied_where_there_are_no_links(saved, tmp_path, monkeypatch):

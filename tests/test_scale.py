@@ -6,10 +6,11 @@ import pytest, torch
 from torch import nn
 from pixart_delta_nb import scale
 from pixart_delta_nb.controlnet import load_controlnet, train_controlnet
-from pixart_delta_nb.core import load_tensors, save_tensors
+from pixart_delta_nb.core import load_tensors, read_json, save_tensors
 from pixart_delta_nb.data import precompute
 from pixart_delta_nb.latents import LatentDataset
 from pixart_delta_nb.distill import lcd_train
+from pixart_delta_nb.folders import autoencoder_class, text_encoder_class
 from pixart_delta_nb.lcm_lora import lora_train
 from pixart_delta_nb.lora import add_lora
 from pixart_delta_nb.scale import (Rows, accelerated, checkpoint_blocks, control_many, distill_many, lora_many, main, own_rows, start,
@@ -241,6 +242,14 @@ def test_rows_come_from_shards_too(workplace):
     precompute(load_pipeline(workplace/'teacher'), pictures, out=workplace/'shards', shard_size=4, size=64, progress=False)
     made = teach_many(workplace/'teacher', workplace/'shards', workplace/'out', 2, batch_size=2, progress=False)
     assert (made/'card.json').is_file() and not load_pipeline(made).is_student
+
+
+def test_a_teacher_taught_by_many_is_written_without_loading_the_other_parts(workplace, monkeypatch):
+    for cls in (autoencoder_class(), text_encoder_class()): monkeypatch.setattr(cls, 'from_pretrained', None)
+    made = teach_many(workplace/'teacher', workplace/'rows.safetensors', workplace/'out', 2, batch_size=2, progress=False)
+    assert all((made/f).samefile(workplace/'teacher'/f) for f in ('vae/config.json', 'text_encoder/config.json'))
+    monkeypatch.undo()
+    assert not load_pipeline(made).is_student and read_json(made/'card.json')['taught'] == {'steps': 2, 'processes': 1}
 
 
 def test_network_without_blocks_is_refused():

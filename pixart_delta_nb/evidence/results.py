@@ -18,7 +18,7 @@ from .speed import measure_speed
 def measure(
     kit: Kit, # networks and judges
     images=256, # captions, and images a method
-    batch=16, # images drawn together where the speed is measured
+    batch_size=16, # images drawn together where the speed is measured
     seed=101, # data set of the captions
     methods=METHODS, # rows of the table
 ) -> dict: # quality, renders, speed; ready for JSON
@@ -29,7 +29,7 @@ def measure(
         by_category = {'accuracy': attribute_accuracy(kit.judge, fake, paper['labels'])}
         table.append({'method': m.name, 'network': m.network, 'steps': m.steps, 'evaluations': m.evaluations}
                      | grade(kit, fake, paper) | by_category)
-    speed = [measure_speed(kit.teacher, kit.student, (paper['captions']*batch)[:b]) for b in (1, batch)]
+    speed = [measure_speed(kit.teacher, kit.student, (paper['captions']*batch_size)[:b]) for b in (1, batch_size)]
     renders = _ceiling(kit, paper, seed)
     return {'images': images, 'caption_seed': seed, 'quality': table, 'renders': renders, 'speed': speed}
 
