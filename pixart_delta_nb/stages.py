@@ -7,6 +7,7 @@ __all__ = ['open_stage', 'finished', 'omega_of', 'distill', 'distill_lora', 'wri
            'train_control', 'autoencoder_of', 'controlled']
 
 # %% ../nbs/13_stages.ipynb #0449ef69
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,9 +140,11 @@ def encode_control(
 ) -> LatentDataset: # D_z with control
     """Latents of the condition pictures beside those of the pictures.
 
-    Encoded once a run, and again where the data changed."""
+    Encoded once a run, and again where data, autoencoder or pictures (told by eight of them) changed."""
     check_world(data, pictures)
-    key = {'data': data.fingerprint, 'first': str(precompute_control(pipe, pictures[0][None]).sum().item())}
+    some = [pictures[i] for i in torch.linspace(0, len(data) - 1, min(len(data), 8)).long().tolist()]
+    seen = [z.double().abs().sum().item() for z in precompute_control(pipe, torch.stack(some))]
+    key = {'data': data.fingerprint, 'pictures': json.dumps(seen)}
     if not Path(path).is_file() or any(load_metadata(path).get(k) != v for k, v in key.items()):
         starts = progress(range(0, len(data), batch_size), desc='condition pictures', shown=shown)
         rows = lambda start: torch.stack([pictures[i] for i in range(start, min(start + batch_size, len(data)))])

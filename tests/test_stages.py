@@ -147,8 +147,12 @@ def test_kept_conditions_are_encoded_anew_for_other_data_and_other_pictures(plac
     first = go(of_world(place, 7), Known(pictures, 7))
     stamp = (tmp_path/'run/control.safetensors').stat().st_mtime_ns
     assert torch.equal(go(of_world(place, 7), Known(pictures, 7)), first) and (tmp_path/'run/control.safetensors').stat().st_mtime_ns == stamp
-    assert not torch.equal(go(of_world(place, 7), Known(pictures.flip(-1), 7)), first)
-    go(of_world(place, 8), Known(pictures.flip(-1), 8))
+    flipped = go(of_world(place, 7), Known(pictures.flip(-1), 7))
+    assert not torch.equal(flipped, first)
+    late = torch.cat([pictures[:-1], pictures[-1:].flip(-1)]).flip(-1)                            # the last one alone differs
+    assert not torch.equal(go(of_world(place, 7), Known(late, 7))[-1], flipped[-1])
+    stamp = (tmp_path/'run/control.safetensors').stat().st_mtime_ns
+    go(of_world(place, 8), Known(late, 8))
     assert (tmp_path/'run/control.safetensors').stat().st_mtime_ns != stamp
 
 
