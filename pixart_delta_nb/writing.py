@@ -21,7 +21,9 @@ class ShardFolder:
     def __init__(self, out, head, pipe):
         self.out, self.path, self.head = Path(out), Path(out)/'manifest.json', json.loads(json.dumps(head))
         self.images, self.texts, self.done, self.before, self.numbers = [], [], set(), set(), {}
-        if self.path.is_file(): return self._resume(read_json(self.path))
+        old = read_json(self.path) if self.path.is_file() else {}
+        spilled = any(self.out.glob('spill-*.safetensors'))
+        if old and (old['images'] or spilled): return self._resume(old)             # a folder without rows binds nobody
         null, mask = null_caption(pipe.tokenizer, pipe.text_encoder)
         save_tensors(self.out/'null.safetensors', {'null': null.cpu(), 'mask': mask.cpu()})
         self.manifest()

@@ -296,6 +296,13 @@ def test_changes_between_runs_are_encoded_exactly_and_told(pipe, tmp_path):
     assert order(data) == order(fresh)
 
 
+def test_a_path_with_a_slip_does_not_bind_the_folder_of_shards(pipe, folder, tmp_path):
+    (tmp_path/'empty').mkdir()
+    for slip in ('slip', 'empty'):
+        with pytest.raises(ValueError, match='does not exist|no usable picture'): precompute(pipe, tmp_path/slip, out=tmp_path/'out', **SQUARE)
+    assert len(precompute(pipe, folder, out=tmp_path/'out', **SQUARE)) == len(precompute(pipe, folder, **SQUARE))
+
+
 def test_a_folder_of_hidden_files_alone_holds_nothing(pipe, tmp_path):
     put(tmp_path/'in/.cache/a.png')
     with pytest.raises(ValueError, match='no usable picture .there is none'): precompute(pipe, tmp_path/'in', **SQUARE)
