@@ -1,16 +1,13 @@
 """PixArt-δ from first principles. The names below load what they need when they are first used."""
 __version__ = "0.1.0"
 
-import sys
-from types import ModuleType
-
 _HOMES = {
     'pipeline': ('Pipeline', 'load_pipeline', 'save_pipeline', 'to_diffusers'),
     'sampling': ('generate', 'to_pil', 'sample_student', 'sample_teacher'),
     'data': ('precompute', 'open_latents'),
     'stages': ('distill', 'distill_lora', 'train_control'),
     'lora': ('apply_lora',),
-    'distill': ('lcd_step', 'lcd_train'),
+    'lcd': ('lcd_step', 'lcd_train'),
     'consistency': ('consistency_function',),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -19,19 +16,11 @@ __all__ = list(_HOME)
 
 def __getattr__(name):
     if name not in _HOME:
-        raise AttributeError(f'{__name__} has no {name}; the front door has {", ".join(_HOME)}: import the rest from its module.')
+        raise AttributeError(f'{__name__} has no {name}; the front door has {", ".join(_HOME)}: '
+                             'import the rest from its module.')
     from importlib import import_module
     value = globals()[name] = getattr(import_module(f'.{_HOME[name]}', __name__), name)
     return value
 
 
 def __dir__(): return sorted([*globals(), *_HOME])
-
-
-class _Door(ModuleType):
-    "A package whose names stay what the front door says: importing the module `distill` does not hide the function `distill`."
-    def __setattr__(self, name, value):
-        if name not in _HOME or not isinstance(value, ModuleType): super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Door

@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 from torch import Tensor, nn
 from .consistency import network_dtype
-from .distill import check_decay, lcd_loop
+from .lcd import check_decay, lcd_loop
 from .folders import fingerprint
 from .latents import LatentDataset
 from .lora import base_only, lora_layers, lora_parameters

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from .controlnet import save_controlnet, train_controlnet
 from .core import gathered, require, split_like
-from .distill import lcd_train
+from .lcd import lcd_train
 from .lcm_lora import lora_train
 from .lora import add_lora
 from .pipeline import save_student, save_teacher

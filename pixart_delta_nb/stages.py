@@ -16,7 +16,7 @@ from .conditions import extract, load_picture
 from .controlnet import load_controlnet, save_controlnet, train_controlnet
 from .core import load_metadata, progress, require, save_tensors
 from .data import open_latents, precompute_control
-from .distill import lcd_train
+from .lcd import lcd_train
 from .folders import autoencoder_class, load_part, save_card, shipped
 from .hub import open_folder
 from .latents import LatentDataset

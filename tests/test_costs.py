@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pixart_delta_nb.controlnet import ControlNetTransformer
-from pixart_delta_nb.distill import lcd_step
+from pixart_delta_nb.lcd import lcd_step
 from pixart_delta_nb.evidence.benchmarks import against_stock, benchmark_step, usual_step
 from pixart_delta_nb.evidence.control_cost import adapter_flops, adapter_parameters, draw_control_cost, example_inputs, measure_cost
 from pixart_delta_nb.evidence.control_cost import run_control_cost, tell_control_cost

@@ -9,7 +9,7 @@ from pixart_delta_nb.core import save_tensors
 from pixart_delta_nb.data import open_latents
 from pixart_delta_nb.latents import Batch, LatentDataset
 from pixart_delta_nb.consistency import guided_eps, pair_with_null, predict_eps
-from pixart_delta_nb.distill import lcd_step, lcd_train, pseudo_huber
+from pixart_delta_nb.lcd import lcd_step, lcd_train, pseudo_huber
 from pixart_delta_nb.schedules import alpha_bar_from_betas, at, eps_to_x0, linear_betas, to_v
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 

@@ -36,11 +36,9 @@ def test_about_fifteen_names_each_with_a_sentence():
         assert value.__name__ == name and value.__doc__ and name in dir(pixart_delta_nb)
 
 
-def test_the_function_distill_is_not_hidden_by_the_module_of_that_name():
-    from pixart_delta_nb.distill import lcd_step
-    from pixart_delta_nb import distill, lcd_step as of_the_door
-    assert callable(distill) and lcd_step is of_the_door
-    assert pixart_delta_nb.distill is distill
+def test_no_name_of_the_front_door_is_that_of_a_module_which_would_hide_it():
+    folder = Path(pixart_delta_nb.__file__).parent
+    assert not [name for name in pixart_delta_nb.__all__ if (folder/f'{name}.py').exists() or (folder/name).exists()]
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():

@@ -7,7 +7,7 @@ from torch import nn
 
 from pixart_delta_nb.core import load_tensors, save_tensors
 from pixart_delta_nb.latents import LatentDataset
-from pixart_delta_nb.distill import lcd_step, lcd_train
+from pixart_delta_nb.lcd import lcd_step, lcd_train
 from pixart_delta_nb.lcm_lora import adapter_of, lora_train, one_model
 from pixart_delta_nb.lora import (LoRA, TARGETS, add_lora, apply_lora, base_only, chosen_layers, from_peft_names,
     load_lora, lora_layers, lora_parameters, merge, remove_lora, save_lora, unmerge)

@@ -106,7 +106,7 @@ def test_live_widgets_have_a_readable_fallback(path):
 
 CHECK = re.compile(r'\bassert\b|\btest_(?:eq|close|fail)\(|\bassert_close\(|\bexcept ValueError\b|\b(?:refusal|rejects)\(')
 GROUND = [NBS/f'{name}.ipynb' for name in (
-    '00_core', '00a_plots', '00b_provenance', '01_schedules', '02_solvers', '03_consistency', '04_toy', '06_transformer', '08_distill', '09_sampling')]
+    '00_core', '00a_plots', '00b_provenance', '01_schedules', '02_solvers', '03_consistency', '04_toy', '06_transformer', '08_lcd', '09_sampling')]
 
 
 @cache

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from pixart_delta_nb import consistency as C, core, schedules as S, solvers, toy, transformer as T
-from pixart_delta_nb.distill import pseudo_huber
+from pixart_delta_nb.lcd import pseudo_huber
 
 AB = S.alpha_bar_from_betas(S.linear_betas())
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -4,7 +4,7 @@ import dataclasses, inspect, json
 import pytest
 import torch
 
-from pixart_delta_nb.distill import embed_guidance
+from pixart_delta_nb.lcd import embed_guidance
 from pixart_delta_nb.evidence import fig2, fig8, runs
 from pixart_delta_nb.evidence.kit import tiny_kit
 from pixart_delta_nb.evidence.schedule import run_schedule

@@ -9,7 +9,7 @@ from pixart_delta_nb.controlnet import load_controlnet, train_controlnet
 from pixart_delta_nb.core import load_tensors, read_json, save_tensors
 from pixart_delta_nb.data import precompute
 from pixart_delta_nb.latents import LatentDataset
-from pixart_delta_nb.distill import lcd_train
+from pixart_delta_nb.lcd import lcd_train
 from pixart_delta_nb.folders import autoencoder_class, text_encoder_class
 from pixart_delta_nb.lcm_lora import lora_train
 from pixart_delta_nb.lora import add_lora

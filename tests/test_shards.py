@@ -350,7 +350,7 @@ def test_rows_of_other_bins_move_into_that_of_the_first(made):
 
 
 def test_loops_stream_from_the_disk_what_they_would_read_from_memory(pipe, rows, tmp_path):
-    from pixart_delta_nb.distill import lcd_train
+    from pixart_delta_nb.lcd import lcd_train
     from pixart_delta_nb.schedules import BETAS, alpha_bar_of
     from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
     disk = precompute(pipe, rows[::3], out=tmp_path/'square', **OPTIONS)

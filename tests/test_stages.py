@@ -7,7 +7,7 @@ from pixart_delta_nb.conditions import extract
 from pixart_delta_nb.controlnet import load_controlnet
 from pixart_delta_nb.core import load_tensors
 from pixart_delta_nb.data import precompute, save_latents
-from pixart_delta_nb.distill import lcd_train
+from pixart_delta_nb.lcd import lcd_train
 from pixart_delta_nb.lora import apply_lora, chosen_layers
 from pixart_delta_nb.pipeline import load_pipeline, save_pipeline, tiny_pipeline
 from pixart_delta_nb.sampling import generate

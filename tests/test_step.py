@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixart_delta_nb.consistency import predict_eps
-from pixart_delta_nb.distill import lcd_step, pseudo_huber
+from pixart_delta_nb.lcd import lcd_step, pseudo_huber
 from pixart_delta_nb.latents import Batch
 from pixart_delta_nb.pipeline import tiny_pipeline
 from pixart_delta_nb.sampling import sample_student, sample_teacher

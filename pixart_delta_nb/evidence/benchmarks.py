@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from ..consistency import consistency_function, guide, predict_eps
 from ..core import require
-from ..distill import lcd_step, pseudo_huber
+from ..lcd import lcd_step, pseudo_huber
 from .kit import Figured, Kit, measured, prompts, real_images
 from .speed import clock, peak_memory, seconds_of
 from ..latents import Batch

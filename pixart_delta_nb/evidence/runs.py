@@ -9,7 +9,7 @@ __all__ = ['WORKSHOP', 'MARKS', 'snapshots']
 import copy, functools
 from pathlib import Path
 import torch
-from ..distill import embed_guidance, lcd_train
+from ..lcd import embed_guidance, lcd_train
 from .kit import walk
 from ..latents import LatentDataset
 from ..optimisers import bfloat16_products

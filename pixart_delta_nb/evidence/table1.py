@@ -8,7 +8,7 @@ __all__ = ['REPORT_SETTINGS', 'FIGURE', 'run_table1', 'draw_table1', 'tell_table
 # %% ../../nbs/evidence/table1.ipynb #68f8a139
 import copy
 import torch
-from ..distill import lcd_step
+from ..lcd import lcd_step
 from .drawing import table_cells
 from .kit import Figured, Kit, measured
 from .speed import peak_memory
