@@ -35,7 +35,7 @@ def command(
             from pixart_delta_nb.core import PlainProgress
             with contextlib.nullcontext() if sys.stderr.isatty() else PlainProgress(desc=name): work(**arguments)
         except KeyboardInterrupt as stopped:
-            leave(str(stopped) or f'{name} was stopped; what was complete is kept, so run it again to go on.', 130)
+            leave(str(stopped) or f'{name} was stopped.', 130)
     return app.command(name)(run)
 
 # %% ../nbs/15b_console.ipynb #fca4a3b2

@@ -216,11 +216,15 @@ def link_files(
     source: str | Path, # folder
     target: str | Path, # existing folder
 ) -> None:
-    "Hard links in `target` to all files of `source`, or copies where the file system has none."
+    """Hard links in `target` to the weights of `source`, copies of its small files.
+
+    Weights are copied as well where the file system has no links."""
     for path in (p for p in Path(source).rglob('*') if p.is_file()):
         to = Path(target)/path.relative_to(source)
         to.parent.mkdir(parents=True, exist_ok=True)
-        try: os.link(path.resolve(), to)
+        try:
+            if path.suffix != '.safetensors': raise OSError              # JSON is edited in place: never a shared file
+            os.link(path.resolve(), to)
         except OSError: shutil.copyfile(path, to)
 
 # %% ../nbs/05_folders.ipynb #6acf1ac3

@@ -64,6 +64,10 @@ class LatentDataset:
 
     def __len__(self): return len(self.z)
 
+    def __repr__(self):
+        facts = ', '.join(f'{k} {v}' for k, v in self.facts.items() if v is not None)
+        return f'LatentDataset of {len(self)} rows {tuple(self.z.shape[1:])}; {facts or "no facts"}'
+
     def draw(self,
         batch_size: int, # rows to draw, with replacement
         generator: torch.Generator # source of the choice

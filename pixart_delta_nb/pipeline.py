@@ -47,6 +47,11 @@ class Pipeline(Described):
                 lambda: f'the transformer reads captions of width {width}, but the text encoder makes {states}: '
                         'take both from one model.')
 
+    def __repr__(self):
+        kind, size = 'student' if self.is_student else 'teacher', sum(p.numel() for p in self.transformer.parameters())
+        folder = self.config.get('folder', 'memory')
+        return f'Pipeline of a {kind}, transformer of {size/1e6:.1f} M parameters, from {folder}'
+
     @property
     def is_student(self) -> bool: # as for `Described`; a network that embeds ω is one as well
         "Whether the guidance is in the weights."

@@ -2,6 +2,7 @@
 import json, os, shutil, subprocess, sys
 import pytest, torch
 from pixart_delta_nb.consistency import guided_eps
+from pixart_delta_nb.data import precompute
 from pixart_delta_nb.folders import fingerprint, read_card, save_card, shipped
 from pixart_delta_nb.hub import Model, open_folder, read_scheduler
 from pixart_delta_nb.pipeline import Pipeline, load_pipeline, save_pipeline, save_student, save_teacher, tiny_pipeline, to_diffusers
@@ -410,3 +411,17 @@ def test_a_precision_is_a_dtype_or_its_name(saved, dtype):
     pipe = load_pipeline(saved, dtype=dtype)
     assert {pipe.vae.dtype, pipe.text_encoder.dtype, next(pipe.transformer.parameters()).dtype} == {torch.bfloat16}
     with pytest.raises(ValueError, match='floating'): load_pipeline(saved, dtype='int4')
+
+
+def test_a_pipeline_and_its_latents_print_in_one_line():
+    pipe = tiny_pipeline(omega=3.5)
+    assert '\n' not in repr(pipe) and 'student' in repr(pipe)
+    data = precompute(pipe, torch.zeros(2, 3, 64, 64), ['a red cube on grass']*2)
+    assert repr(data).startswith('LatentDataset of 2 rows') and '\n' not in repr(data)
+
+
+def test_a_students_json_is_a_copy_and_its_weights_are_links(tmp_path):
+    save_pipeline(tiny_pipeline(), tmp_path/'teacher')
+    save_student(tiny_pipeline(1).transformer, tmp_path/'student', tmp_path/'teacher', omega=3.5)
+    for path in (tmp_path/'student/vae').iterdir():
+        assert path.samefile(tmp_path/'teacher/vae'/path.name) == (path.suffix == '.safetensors')
