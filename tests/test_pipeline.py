@@ -280,7 +280,7 @@ def test_a_student_is_saved_without_its_teachers_other_parts(saved, tmp_path):
     again = load_pipeline(tmp_path/'student')
     assert again.omega == 2.5 and again.config['card']['steps'] == 7 and torch.equal(again.transformer.proj_out.weight, network.proj_out.weight)
     for name in ('vae/diffusion_pytorch_model.safetensors', 'text_encoder/model.safetensors', 'tokenizer/tokenizer.json'):
-        assert (tmp_path/'student'/name).samefile(saved/name)
+        assert (tmp_path/'student'/name).samefile(saved/name) == name.endswith('.safetensors')      # JSON is edited in place
     assert type(stock_of(tmp_path/'student').scheduler).__name__ == 'LCMScheduler' and open_folder(saved).omega is None
 
 
@@ -418,10 +418,3 @@ def test_a_pipeline_and_its_latents_print_in_one_line():
     assert '\n' not in repr(pipe) and 'student' in repr(pipe)
     data = precompute(pipe, torch.zeros(2, 3, 64, 64), ['a red cube on grass']*2)
     assert repr(data).startswith('LatentDataset of 2 rows') and '\n' not in repr(data)
-
-
-def test_a_students_json_is_a_copy_and_its_weights_are_links(tmp_path):
-    save_pipeline(tiny_pipeline(), tmp_path/'teacher')
-    save_student(tiny_pipeline(1).transformer, tmp_path/'student', tmp_path/'teacher', omega=3.5)
-    for path in (tmp_path/'student/vae').iterdir():
-        assert path.samefile(tmp_path/'teacher/vae'/path.name) == (path.suffix == '.safetensors')
