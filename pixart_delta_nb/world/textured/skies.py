@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['AIR', 'SUN', 'AMBIENT', 'DISC', 'GLOW', 'light_of', 'disc', 'clouds', 'stars', 'sky']
 
-# %% ../../../nbs/world/textured/skies.ipynb #ccb454a6
+# %% ../../../nbs/world/textured/skies.ipynb #43953ffc
 import math
 import torch
 from .materials import chance, column, lottery, mix, noise, ramp, turned
 
-# %% ../../../nbs/world/textured/skies.ipynb #3bece2d0
+# %% ../../../nbs/world/textured/skies.ipynb #da221143
 #: Colours above and at the horizon.
 AIR = {'clear': ((.14, .40, .86), (.66, .85, .98)), 'sunset': ((.24, .20, .46), (.98, .60, .32)),
        'overcast': ((.50, .53, .58), (.76, .78, .80)), 'night': ((.015, .02, .08), (.10, .14, .30))}
@@ -21,13 +21,13 @@ AMBIENT = {'clear': (.34, .40, .50), 'sunset': (.38, .34, .44), 'overcast': (.58
 DISC = {'clear': (1., .98, .84), 'sunset': (1., .90, .55), 'overcast': (.95, .95, .94), 'night': (.80, .84, .92)}
 GLOW = {'clear': .55, 'sunset': .70, 'overcast': .75, 'night': .30}
 
-# %% ../../../nbs/world/textured/skies.ipynb #323ce9f1
+# %% ../../../nbs/world/textured/skies.ipynb #8d22793c
 def light_of(scene):
     "Unit vector towards the light (3,)."
     turn, height = scene.sun
     return torch.tensor([math.sin(turn)*math.cos(height), math.sin(height), math.cos(turn)*math.cos(height)])
 
-# %% ../../../nbs/world/textured/skies.ipynb #58e34d9a
+# %% ../../../nbs/world/textured/skies.ipynb #9c6d01d4
 def disc(scene, view, colour):
     "The sun or the moon, with its glow."
     centre = torch.tensor([[math.pi - scene.sun[0]], [.07 + .05*chance(scene, 'disc', 1)[0]]])
@@ -36,7 +36,7 @@ def disc(scene, view, colour):
     if scene.sky == 'overcast': return glow
     return mix(glow, tuple(min(1., 1.1*c) for c in DISC[scene.sky]), ramp(far, .048, .032))
 
-# %% ../../../nbs/world/textured/skies.ipynb #749f0d04
+# %% ../../../nbs/world/textured/skies.ipynb #a7c1f692
 def clouds(scene, view, colour, octaves):
     "White heaps, coloured bands or a grey cover over the sky's colour."
     stretch, value, rise = {'clear': 1.8, 'sunset': 4., 'overcast': 2.4}[scene.sky], 0., 0.
@@ -49,7 +49,7 @@ def clouds(scene, view, colour, octaves):
     if scene.sky == 'clear': return mix(colour, mix((.98, .98, .99), (.74, .79, .88), ramp(rise, 0., 9.)), .95*thick)
     return mix(colour, mix((1., .66, .40), (.40, .22, .36), ramp(view[1] + .004*rise, .02, .22)), .85*thick)
 
-# %% ../../../nbs/world/textured/skies.ipynb #008536b8
+# %% ../../../nbs/world/textured/skies.ipynb #5ddde7bf
 def stars(scene, view, colour):
     "Stars and haze on a dark sky: at most one star in each cell of a grid."
     size, (a, b) = .072, chance(scene, 'stars', 2)
@@ -61,7 +61,7 @@ def stars(scene, view, colour):
     colour = mix(colour, (.17, .18, .40), .45*ramp(haze, -.3, 2.))
     return mix(colour, (1., .98, .92), torch.exp(-(far/.0085)**2)*ramp(bright, .2, .9))
 
-# %% ../../../nbs/world/textured/skies.ipynb #3ae85b84
+# %% ../../../nbs/world/textured/skies.ipynb #08dfa77f
 def sky(
     scene, # whose sky
     d: torch.Tensor, # (3, N) unit directions
