@@ -201,7 +201,7 @@ class PlainProgress:
         print(f'{self.desc}: {count}{time.monotonic() - self.started:.0f} s{facts}', file=sys.stderr, flush=True)
 
     def update(self, n=1): self.n += n
-    def set_postfix(self, **facts): self.facts = facts
+    def set_postfix(self, refresh=True, **facts): self.facts = facts
 
     def close(self):
         if self.done.is_set(): return
@@ -226,11 +226,11 @@ def progress(
     desc: str = '', # what is counted
     shown: bool | None = None, # False for silence
 ): # tqdm, or its likeness: iterable, `update`, `set_postfix`, `close`, a context manager
-    "A bar on a terminal or, after ten seconds, in a notebook; elsewhere a plain line every 30 seconds."
+    "A bar on a terminal or, after 30 seconds, in a notebook; elsewhere a plain line every 30 seconds."
     from tqdm.auto import tqdm
     kernel = 'ipykernel' in sys.modules
     if shown is False or sys.stderr.isatty() or kernel:
-        options = {'total': total, 'initial': initial, 'desc': desc, 'delay': 10*kernel}
+        options = {'total': total, 'initial': initial, 'desc': desc, 'delay': PlainProgress.EVERY*kernel}
         return tqdm(items, disable=shown is False, leave=False, **options)
     return PlainProgress(items, total, initial, desc)
 

@@ -173,7 +173,7 @@ def record(now, loss, log_every, log, bar):
     if now['step'] % log_every and now['step'] < now['steps']: return
     entry = {'step': now['step'], 'loss': now['total']/now['count']}
     now['log'].append(entry); now['total'], now['count'] = 0., 0
-    bar.set_postfix(loss=f'{entry["loss"]:.4f}')
+    bar.set_postfix(refresh=False, loss=f'{entry["loss"]:.4f}')
     if log: log(entry)
 
 def broken_weights(state):
