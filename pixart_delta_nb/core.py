@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['require', 'require_values', 'whole', 'seed_everything', 'at_least_float32', 'as_dtype', 'write_atomic', 'sha256',
-           'save_tensors', 'load_tensors', 'load_metadata', 'read_json', 'PlainProgress', 'progress', 'catch_stop',
-           'one_line', 'rank', 'anywhere', 'gathered', 'split_like']
+           'save_tensors', 'load_tensors', 'load_metadata', 'read_json', 'Silence', 'PlainProgress', 'progress',
+           'catch_stop', 'one_line', 'rank', 'anywhere', 'gathered', 'split_like']
 
 # %% ../nbs/00_core.ipynb #bb2b7ae4
 import contextlib, hashlib, json, operator, os, random, signal, sys, threading, time, uuid
@@ -175,13 +175,29 @@ def read_json(path: Path) -> dict:
     return values
 
 # %% ../nbs/00_core.ipynb #3176e45e
-class PlainProgress:
+class Silence:
+    "tqdm's interface, and not a word: no thread, and none of tqdm's locks, which a killed process leaves shut for all."
+    def __init__(self, items=None): self.items = items
+    def update(self, n=1): pass
+    def set_postfix(self, refresh=True, **facts): pass
+    def close(self): pass
+    def __enter__(self): return self
+    def __exit__(self, *error): self.close()
+
+    def __iter__(self):
+        with self:
+            for item in self.items:
+                yield item
+                self.update()
+
+class PlainProgress(Silence):
     "tqdm's interface without a terminal: whenever `EVERY` seconds were silent, the innermost open one prints a line."
     EVERY = 30.
     opened, spoken, lock = [], 0., threading.Lock()                   # all that are open; when one of them last spoke
 
     def __init__(self, items=None, total=None, initial=0, desc=''):
-        self.items, self.n, self.desc, self.facts = items, initial, desc or 'progress', {}
+        super().__init__(items)
+        self.n, self.desc, self.facts = initial, desc or 'progress', {}
         self.total = total if total is not None or not hasattr(items, '__len__') else len(items)
         self.started, self.lines, self.done = time.monotonic(), 0, threading.Event()
         PlainProgress.opened.append(self)
@@ -209,15 +225,6 @@ class PlainProgress:
         PlainProgress.opened.remove(self)
         if self.lines: self.say()
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
-
-    def __iter__(self):
-        with self:
-            for item in self.items:
-                yield item
-                self.update()
-
 # %% ../nbs/00_core.ipynb #06488900
 def progress(
     items=None, # what to iterate over; None to call `update`
@@ -227,12 +234,12 @@ def progress(
     shown: bool | None = None, # False for silence
 ): # tqdm, or its likeness: iterable, `update`, `set_postfix`, `close`, a context manager
     "A bar on a terminal or, after 30 seconds, in a notebook; elsewhere a plain line every 30 seconds."
-    from tqdm.auto import tqdm
+    if shown is False: return Silence(items)
     kernel = 'ipykernel' in sys.modules
-    if shown is False or sys.stderr.isatty() or kernel:
-        options = {'total': total, 'initial': initial, 'desc': desc, 'delay': PlainProgress.EVERY*kernel}
-        return tqdm(items, disable=shown is False, leave=False, **options)
-    return PlainProgress(items, total, initial, desc)
+    if not (sys.stderr.isatty() or kernel): return PlainProgress(items, total, initial, desc)
+    from tqdm.auto import tqdm
+    options = {'total': total, 'initial': initial, 'desc': desc, 'delay': PlainProgress.EVERY*kernel}
+    return tqdm(items, leave=False, **options)
 
 # %% ../nbs/00_core.ipynb #56e009ca
 @contextlib.contextmanager

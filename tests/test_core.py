@@ -1,9 +1,10 @@
 "Core: errors, seeds, precision, files, messages."
-import hashlib, json, os, subprocess, sys
+import hashlib, json, os, subprocess, sys, threading
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from pixart_delta_nb import core
 
@@ -125,3 +126,10 @@ warnings.warn(one_line('\\u732b \\u03c9'))
 require(False, '\\u03c9 is \\u732b')"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
     assert b'UnicodeEncodeError' not in done.stderr and b'ValueError' in done.stderr and done.stderr.count(rb'\u732b') == 2
+
+
+def test_silence_needs_no_thread_and_no_lock_that_a_killed_process_would_leave_shut():
+    before = threading.active_count()
+    bar = core.progress(range(3), shown=False)
+    assert list(bar) == [0, 1, 2] and not isinstance(bar, tqdm) and threading.active_count() == before
+    with core.progress(total=2, shown=False) as bar: assert bar.update() is bar.set_postfix(loss=1) is None
