@@ -222,9 +222,8 @@ def link_files(
     for path in (p for p in Path(source).rglob('*') if p.is_file()):
         to = Path(target)/path.relative_to(source)
         to.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if path.suffix != '.safetensors': raise OSError              # JSON is edited in place: never a shared file
-            os.link(path.resolve(), to)
+        share = os.link if path.suffix == '.safetensors' else shutil.copyfile    # JSON is edited in place
+        try: share(path.resolve(), to)
         except OSError: shutil.copyfile(path, to)
 
 # %% ../nbs/05_folders.ipynb #6acf1ac3

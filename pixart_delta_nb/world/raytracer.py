@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EYE', 'TARGET', 'FOV', 'LIGHT', 'FAR', 'HITS', 'camera_rays', 'quadratic', 'meet', 'nearest', 'hit_sphere',
            'hit_cube', 'hit_cylinder', 'hit_cone', 'to_local', 'intersect', 'near_line', 'bare_world', 'ground_colour',
-           'background', 'shadowed', 'trace', 'shade', 'render', 'truth_maps', 'edges']
+           'background', 'shadowed', 'trace', 'shade', 'check_size', 'render', 'truth_maps', 'edges']
 
 # %% ../../nbs/world/raytracer.ipynb #13f5ec9c
 import math
@@ -193,6 +193,15 @@ def shade(scene, d, ids, t, normal, rgb):
     rgb[on] = ((base*(1 - strength + strength*lambert/.8)[:, None] + gloss[:, None])*torch.tensor(tint)).clamp(0, 1)
 
 # %% ../../nbs/world/raytracer.ipynb #2da1e49e
+def check_size(
+    size: int, # width and height, pixels
+    supersample: int, # rays along each side of a pixel
+) -> None:
+    "ValueError unless both are positive integers."
+    for name, value in (('size', size), ('supersample', supersample)):
+        require(isinstance(value, int) and value > 0,
+                lambda: f'{name} is {value!r}, but it must be a positive integer: pass one, such as 2 or 128.')
+
 def render(
     scene: Scene, # what to draw
     size: int = 128, # width and height, pixels
@@ -200,9 +209,7 @@ def render(
     truth: bool = False, # also return the truth maps
 ) -> dict: # 'image' (3, size, size) in [0, 1]; with truth also 'masks', 'depth' and 'normals'
     "Draw a scene; ValueError if size or supersample is not a positive integer."
-    for name, value in (('size', size), ('supersample', supersample)):
-        require(isinstance(value, int) and value > 0,
-                lambda: f'{name} is {value!r}, but it must be a positive integer: pass one, such as 2 or 128.')
+    check_size(size, supersample)
     d, ids, t, normal, rgb = trace(scene, size, supersample)
     shade(scene, d, ids, t, normal, rgb)
     out = {'image': _pixels(rgb, size, supersample).mean(2).permute(2, 0, 1).contiguous()}

@@ -13,8 +13,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
-from ...core import require
-from ..raytracer import FAR, FOV, HITS as FIRST_HITS, hit_cylinder
+from ..raytracer import FAR, FOV, HITS as FIRST_HITS, check_size, hit_cylinder
 from .materials import GROUND, HEIGHT, RADIUS, coat, column, mix
 from .skies import AIR, AMBIENT, SUN, light_of, sky
 from .words import COLOURS, Scene
@@ -215,9 +214,7 @@ def render(
     truth: bool = False, # also return the truth maps
 ) -> dict: # 'image' (3, size, size) in [0, 1]; with truth also 'masks', 'depth' and 'normals'
     "Draw a scene; ValueError if size or supersample is not a positive integer."
-    for name, value in (('size', size), ('supersample', supersample)):
-        require(isinstance(value, int) and value > 0,
-                lambda: f'{name} is {value!r}, but it must be a positive integer: pass one, such as 2 or 128.')
+    check_size(size, supersample)
     with torch.inference_mode(): image = draw(scene, size, supersample)
     out = {'image': image.clone()}
     return out | truth_maps(scene, size, supersample) if truth else out
