@@ -15,8 +15,8 @@ from .materials import chance, column, lottery, mix, noise, ramp, turned
 AIR = {'clear': ((.14, .40, .86), (.66, .85, .98)), 'sunset': ((.24, .20, .46), (.98, .60, .32)),
        'overcast': ((.50, .53, .58), (.76, .78, .80)), 'night': ((.015, .02, .08), (.10, .14, .30))}
 #: Light from the sun or the moon, and from everywhere.
-SUN = {'clear': (1.0, .96, .88), 'sunset': (1.0, .78, .56), 'overcast': (.36, .37, .38), 'night': (.46, .52, .68)}
-AMBIENT = {'clear': (.34, .40, .50), 'sunset': (.38, .34, .44), 'overcast': (.58, .59, .62), 'night': (.25, .29, .44)}
+SUN = {'clear': (1.0, .96, .88), 'sunset': (1.0, .78, .56), 'overcast': (.36, .37, .38), 'night': (.56, .62, .76)}
+AMBIENT = {'clear': (.34, .40, .50), 'sunset': (.38, .34, .44), 'overcast': (.58, .59, .62), 'night': (.34, .38, .52)}
 #: The disc, where it is in the picture, and the strength of its glow.
 DISC = {'clear': (1., .98, .84), 'sunset': (1., .90, .55), 'overcast': (.95, .95, .94), 'night': (.80, .84, .92)}
 GLOW = {'clear': .55, 'sunset': .70, 'overcast': .75, 'night': .30}

@@ -20,7 +20,7 @@ COLOURS = {'red': (.80, .08, .08), 'orange': (.98, .45, .04), 'yellow': (.96, .8
 #: How often each occurs.
 MATERIALS = {'plain': 3, 'striped': 1, 'checked': 1, 'spotted': 1, 'marble': 1, 'wood': 1, 'metal': 1}
 #: Radius, scene units.
-SIZES = {'small': .52, 'large': .88}
+SIZES = {'small': .60, 'large': .95}
 KINDS = {'shape': dict.fromkeys(SHAPES, 1), 'colour': dict.fromkeys(COLOURS, 1),
          'size': dict.fromkeys(SIZES, 1), 'material': MATERIALS}
 
