@@ -222,7 +222,8 @@ Name = option(str | None, 'One figure or table, such as 2, table1 or peers; all:
 Anew = option(bool, 'Measure a figure again, training what it needs, even where a result is stored.', '--from-scratch')
 
 @command
-def reproduce(out: Results = None, images: Images = 256, figure: Name = None, from_scratch: Anew = False):
+def reproduce(out: Results = None, images: Images = 256, figure: Name = None, from_scratch: Anew = False,
+              device: Device = 'cpu'):
     "Measure speed and quality from the shipped weights, into report.html and its parts; or make one figure."
     from pixart_delta_nb.core import require
     require(figure or not from_scratch, '--from-scratch is for a figure, and none is named: add --figure, or drop it.')
@@ -230,10 +231,11 @@ def reproduce(out: Results = None, images: Images = 256, figure: Name = None, fr
     check_writable(out)
     if figure:
         from pixart_delta_nb.evidence.figures import FIGURES, reproduce_figure
-        for name in FIGURES if figure == 'all' else [figure]: reproduce_figure(name, out, from_scratch)
+        for name in FIGURES if figure == 'all' else [figure]: reproduce_figure(name, out, from_scratch, device=device)
         return typer.echo(out)
     from pixart_delta_nb.evidence import report, results
-    found = report.reproduce(out, images, command=f'pixart-delta reproduce --images {images}')
+    command = f'pixart-delta reproduce --images {images}' + f' --device {device}'*(device != 'cpu')
+    found = report.reproduce(out, images, command=command, device=device)
     speed = '\n'.join(map(report.tell_speed, found['speed']))
     typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}\n{speed}\n{out}/report.html')
 
@@ -244,7 +246,7 @@ Public = option(bool, 'FID and KID with Inception, and the CLIP of the literatur
 
 @command
 def evaluate(teacher: TeacherFolder = None, student: StudentFolder = None, out: Folder = Path('out/evaluate'),
-             images: Images = 2048, public: Public = False,
+             images: Images = 2048, public: Public = False, device: Device = 'cpu',
              methods: option(str, 'What to compare.') = 'teacher 14, teacher 4, student 4, student 2, student 1'):
     "The measurements of `reproduce` on any teacher and student, with as many images as a score to quote needs."
     check_writable(out)
@@ -252,7 +254,9 @@ def evaluate(teacher: TeacherFolder = None, student: StudentFolder = None, out: 
     chosen = kit.parse_methods(methods)
     command = f'pixart-delta evaluate --images {images} --methods "{methods}"' + ' --public'*public
     command += ' --teacher PATH'*bool(teacher) + ' --student PATH'*bool(student)
-    found = report.reproduce(out, images, kit.open_kit(teacher, student or 'shipped', public), command, chosen)
+    command += f' --device {device}'*(device != 'cpu')
+    judged = kit.open_kit(teacher, student or 'shipped', public, device)
+    found = report.reproduce(out, images, judged, command, chosen)
     typer.echo(f'{results.table_text(found)}\n{results.tell_quality(found)}')
 
 # %% ../nbs/16_cli.ipynb #9ca57e56

@@ -240,9 +240,9 @@ def test_a_figure_is_made_by_name_and_drawn_again_without_measuring(tmp_path, ca
 def test_all_makes_every_figure_of_the_index(tmp_path, monkeypatch):
     from pixart_delta_nb.evidence import figures
     made = []
-    monkeypatch.setattr(figures, 'reproduce_figure', lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(figures, 'reproduce_figure', lambda *arguments, device: made.append((*arguments, device)))
     run('reproduce', '--figure', 'all', '--out', tmp_path)
-    assert made == [(name, tmp_path, False) for name in figures.FIGURES]
+    assert made == [(name, tmp_path, False, 'cpu') for name in figures.FIGURES]
 
 
 @pytest.mark.parametrize('words, part', [(['--figure', '99'], 'one of 2, 3'), (['--from-scratch'], '--figure'), (['--images', '1'], '--images')])

@@ -68,12 +68,22 @@ def test_from_scratch_goes_on_with_a_run_that_was_cut_off(kit, tmp_path, monkeyp
 
 
 def test_provenance_is_the_command_line_where_nothing_was_set(kit, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, 'open_kit', lambda: kit)
+    monkeypatch.setattr(figures, 'open_kit', lambda device: kit)
     small = lambda kit, images=2: omega.run_omega(kit, images=images, scales=(1., 4.5), steps=1)
     monkeypatch.setattr(omega, 'FIGURE', dataclasses.replace(omega.FIGURE, run=small))
     made = [figures.reproduce_figure('omega', tmp_path, from_scratch=True, **more)['provenance']['command']
-            for more in ({}, {'images': 3})]
-    assert made == ['pixart-delta reproduce --figure omega --from-scratch', 'run_omega(kit)']
+            for more in ({}, {'images': 3}, {'device': 'cuda'})]
+    command = 'pixart-delta reproduce --figure omega --from-scratch'
+    assert made == [command, 'run_omega(kit)', f'{command} --device cuda']
+
+
+def test_every_network_of_a_kit_follows_it_to_a_device(kit):
+    class Part:
+        model = property(lambda self: self)
+        def to(self, device): moved.append((self, device))
+    moved, parts = [], {f.name: Part() for f in dataclasses.fields(kit)}
+    assert (whole := dataclasses.replace(kit, **parts)).to('cuda') is whole
+    assert {(id(part), device) for part, device in moved} == {(id(part), 'cuda') for part in parts.values()}
 
 
 def test_a_figure_drawn_again_from_the_same_numbers_is_the_same_file(tmp_path):

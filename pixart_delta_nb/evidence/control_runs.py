@@ -52,8 +52,9 @@ def control_snapshots(
     rows = functools.cache(lambda: scene_data(pipe, 4096, condition=condition) if data is None else data)
     def train_to(mark, folder):
         base, shape = copy.deepcopy(pipe.transformer), ('num_copies', 'entry', 'wiring')
+        device = base.proj_out.weight.device
         if mark: net = train_controlnet(base, rows(), out, max(marks), until=mark, resume=True,
-                                        progress=False, **settings)
+                                        device=device, progress=False, **settings)
         else: net = ControlNetTransformer(base, **{k: settings[k] for k in shape if k in settings})
         save_controlnet(net, folder, torch.float32, condition=condition, steps=mark, seed=settings.get('seed', 0))
     def load(folder): return load_controlnet(folder, pipe.transformer)

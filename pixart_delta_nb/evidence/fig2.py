@@ -25,7 +25,7 @@ def _grades(kit, network, paper, steps, told):
     pipe = dataclasses.replace(kit.student, transformer=network)
     for few in steps:
         latents = sample_student(pipe, paper['captions'], few, guidance_scale=4.5 if told else None)
-        yield {'steps': few} | grade(kit, decode(pipe, latents), paper)
+        yield {'steps': few} | grade(kit, decode(pipe, latents).cpu(), paper)
 
 # %% ../../nbs/evidence/fig2.ipynb #9df55c7f
 @measured('2')

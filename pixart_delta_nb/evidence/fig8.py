@@ -30,7 +30,7 @@ def run_fig8(
     settings = {'seed': 0, 'omega': 3.5} | settings                             # the first run of `run_fig2`
     for _, network in snapshots(kit.teacher, data, run, marks, **settings):
         pipe = dataclasses.replace(kit.student, transformer=network)
-        columns.append(decode(pipe, sample_student(pipe, texts, steps)))
+        columns.append(decode(pipe, sample_student(pipe, texts, steps)).cpu())
     about = {'seeds': {'captions': seed, 'run': settings['seed']}, 'settings': WORKSHOP | settings}
     return strip_of(torch.stack(columns, 1), texts, [str(m) for m in sorted(marks)], **about)
 

@@ -63,12 +63,13 @@ def _training(run, settings, from_scratch):
     (folder/'unfinished').unlink()
 
 # %% ../../nbs/evidence/figures.ipynb #45929be1
-def _measure(name, path, from_scratch, kit, settings):
+def _measure(name, path, from_scratch, kit, device, settings):
     "Measure a figure and write its numbers."
-    entry, default, kit = figure(name), not settings and kit is None, kit or open_kit()
+    entry, default, kit = figure(name), not settings and kit is None, kit or open_kit(device=device)
     print(f'{entry.title}: about {estimate(name, kit)/60:.1f} minutes at the default settings', flush=True)
     with _training(entry.run, settings, from_scratch): found = entry.run(kit, **settings)
     command = f'pixart-delta reproduce --figure {name}' + ' --from-scratch'*from_scratch
+    if device != 'cpu': command += f' --device {device}'
     if default: found['provenance']['command'] = command
     write_atomic(path, lambda p: p.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding='utf-8'))
 
@@ -77,11 +78,12 @@ def reproduce_figure(
     out='results', # folder of JSON and figures
     from_scratch=False, # measure again even if the numbers are there, training runs included
     kit: Kit | None = None, # the shipped networks if None
+    device='cpu', # where those run
     **settings # of the figure's `run`
 ) -> dict: # the numbers, as written
     "Measure a figure, or read its stored numbers, draw it and say it: OUT/<file>.json and .svg (.webp with pictures)."
     path = Path(out)/f'{stored_name(name)}.json'
-    if from_scratch or not path.is_file(): _measure(name, path, from_scratch, kit, settings)
+    if from_scratch or not path.is_file(): _measure(name, path, from_scratch, kit, device, settings)
     entry, found = figure(name), read_json(path)
     save_figure(entry.draw(found), path.with_suffix(''), 'sheet' in found)
     print(entry.tell(found))

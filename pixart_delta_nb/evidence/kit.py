@@ -74,13 +74,14 @@ def images_of(
     method: Method, # what to run
     captions: list, # N captions
     batch_size=32, # images drawn together
-) -> torch.Tensor: # (N, 3, H, W) in [0, 1]
+) -> torch.Tensor: # (N, 3, H, W) in [0, 1], on the CPU
     "Pictures of all captions, image i from seed i."
     pipe, out = (student if method.network == 'student' else teacher), []
     for i in progress(range(0, len(captions), batch_size), desc=method.name):
         part = captions[i:i + batch_size]
         seeds = list(range(i, i + len(part)))
-        out.append(decode(pipe, sample(teacher, student, method, part, seeds, batch_size=batch_size)))
+        latents = sample(teacher, student, method, part, seeds, batch_size=batch_size)
+        out.append(decode(pipe, latents).cpu())
     return torch.cat(out)
 
 # %% ../../nbs/evidence/kit.ipynb #26c347b5
@@ -96,11 +97,19 @@ class Kit:
     inception: torch.nn.Module | None = None
     public_clip: object | None = None
 
+    def to(self, device):
+        "Move every network; returns the kit. Pictures and scores stay on the CPU."
+        clips = [clip and clip.model for clip in (self.clip, self.public_clip)]
+        for part in (self.teacher, self.student, self.lora, self.judge, self.features, self.inception, *clips):
+            if part is not None: part.to(device)
+        return self
+
 # %% ../../nbs/evidence/kit.ipynb #2d28a3ab
 def open_kit(
     weights=None, # folder of the teacher; None: the shipped one
     student='shipped', # folder of the student's transformer
     public=False, # fetch Inception and the public CLIP
+    device='cpu', # where the networks run
 ) -> Kit: # with CLIP and LoRA where they are shipped
     "The shipped networks, or your own; `ValueError` where public ones cannot be fetched."
     fetched = {'inception': inception_features(), 'public_clip': public_clip()} if public else {}
@@ -110,7 +119,7 @@ def open_kit(
     if weights is None and (shipped('lora')/'card.json').is_file():
         kit.lora = load_pipeline()
         apply_lora(kit.lora, shipped('lora'))
-    return kit
+    return kit.to(device)
 
 def tiny_kit(seed=0) -> Kit: # random weights, pictures of 128 pixels
     "A kit of random networks, which know the words of this world, for tests and demonstrations."
@@ -144,8 +153,9 @@ def autoencoder_psnr(
 ) -> float: # dB, averaged over the images
     "Peak signal-to-noise ratio of images after encoding and decoding: what no sampler can exceed."
     from torchmetrics.functional.image import peak_signal_noise_ratio
-    codes = (vae.encode(x*2 - 1).latent_dist.mode() for x in images.split(batch_size))
-    back = torch.cat([(vae.decode(z).sample/2 + .5).clamp(0, 1) for z in codes])
+    device = next((p.device for p in vae.parameters()), images.device)
+    codes = (vae.encode(x.to(device)*2 - 1).latent_dist.mode() for x in images.split(batch_size))
+    back = torch.cat([(vae.decode(z).sample/2 + .5).clamp(0, 1).cpu() for z in codes])
     return peak_signal_noise_ratio(back, images, data_range=1., dim=(1, 2, 3)).item()
 
 # %% ../../nbs/evidence/kit.ipynb #6521bcd5

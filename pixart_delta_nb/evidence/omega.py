@@ -24,7 +24,7 @@ def run_omega(
     for s in scales:
         latents = sample_teacher(kit.teacher, paper['captions'], steps, s)
         row = {'scale': s, 'network': 'teacher', 'evaluations': latents.evaluations}
-        rows.append(row | grade(kit, decode(kit.teacher, latents), paper))
+        rows.append(row | grade(kit, decode(kit.teacher, latents).cpu(), paper))
     return {'images': images, 'steps': steps, 'rows': rows, 'seeds': {'captions': seed, 'renders': seed + 1}}
 
 # %% ../../nbs/evidence/omega.ipynb #6b7e0296

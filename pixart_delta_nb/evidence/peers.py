@@ -47,10 +47,10 @@ def sample_with(
     null, omega = null_caption(pipe.tokenizer, pipe.text_encoder), guidance_scale - 1
     def run(network, x, generators, caption, mask, **told):
         scheduler = build_scheduler(solver, pipe.config.get('betas', BETAS))
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, device=x.device)
         x = x*scheduler.init_noise_sigma                                        # (B, C, h, w)
         for t in scheduler.timesteps:
-            seen, times = scheduler.scale_model_input(x, t), t.long().expand(len(x)).to(x.device)
+            seen, times = scheduler.scale_model_input(x, t), t.long().expand(len(x))        # (B, C, h, w), (B,)
             eps = guided_eps(network, seen, times, caption, mask, *null, omega, **told)
             x = scheduler.step(eps, t, x).prev_sample                           # (B, C, h, w)
         return x
@@ -71,7 +71,7 @@ def run_peers(
     paper, rows = exam(images, seed), []
     def add(name, network, steps, latents, pipe):
         row = {'solver': name, 'network': network, 'steps': steps, 'evaluations': latents.evaluations}
-        rows.append(row | grade(kit, decode(pipe, latents), paper))
+        rows.append(row | grade(kit, decode(pipe, latents).cpu(), paper))
     for solver in solvers:
         for steps in sorted({(n + 1)//2 if solver == 'Heun' else n for n in calls}):
             latents = sample_with(kit.teacher, solver, paper['captions'], steps, guidance_scale)

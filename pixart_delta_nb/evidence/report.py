@@ -92,12 +92,13 @@ def reproduce(
     command='pixart-delta reproduce', # for the provenance
     methods=METHODS, # rows of the table
     stored='results', # folder of figures for the page; None for a page without
+    device='cpu', # where the shipped networks run
 ) -> dict: # the results, as written
     "Measures speed and quality from stored weights and writes results.json, strip.webp, quality.svg and report.html."
     out, start = Path(out), time.time()
     require(images >= 2, lambda: f'images is {images}, but a Fréchet distance needs at least 2: pass --images 256.')
     out.mkdir(parents=True, exist_ok=True)
-    kit = kit or open_kit()
+    kit = kit or open_kit(device=device)
     results = measure(kit, images, methods=methods) | _cards(kit)
     strip, quality = draw_strip(kit, prompts(101, 6)[0], methods), draw_quality(results)
     results['provenance'] = provenance(command, {'captions': 101, 'renders': 102, 'noise': 'image index'}, start)

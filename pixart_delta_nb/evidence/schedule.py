@@ -46,7 +46,7 @@ def run_schedule(
     for (trained, network), (sampled, table) in itertools.product(students, tables.items()):
         pipe = dataclasses.replace(kit.student, transformer=network, alpha_bar=table)
         latents = sample_student(pipe, paper['captions'], few)
-        drawn = decode(pipe, latents)
+        drawn = decode(pipe, latents).cpu()
         row = {'distilled': trained, 'sampled': sampled, 'spread': latents.std().item()}
         rows.append(row | grade(kit, drawn, paper))
         columns.append(drawn[:captions])
