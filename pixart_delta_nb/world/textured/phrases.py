@@ -12,12 +12,12 @@ __all__ = ['EVERY', 'ADJECTIVES', 'NOUNS', 'OF_PATTERN', 'OF_STUFF', 'OF_MATERIA
            'partners', 'name', 'verb', 'facets', 'table', 'relation', 'plural', 'words_in', 'all_entries',
            'known_words', 'unknown_words']
 
-# %% ../../../nbs/world/textured/phrases.ipynb #11168399
+# %% ../../../nbs/world/textured/phrases.ipynb #b3e8f12b
 import re
 from functools import lru_cache
 from itertools import permutations
 
-# %% ../../../nbs/world/textured/phrases.ipynb #057edfa2
+# %% ../../../nbs/world/textured/phrases.ipynb #547e6917
 @lru_cache(maxsize=None)
 def sorted_forms(
     entry: str, # forms separated by '|'
@@ -27,7 +27,7 @@ def sorted_forms(
     common = [f for f in forms if f[:1] not in ('*', '!')]
     return common, *([f[1:] for f in forms if f[:1] == mark] for mark in '*!')
 
-# %% ../../../nbs/world/textured/phrases.ipynb #23b1b133
+# %% ../../../nbs/world/textured/phrases.ipynb #89dd856e
 #: One combination in so many is held out.
 EVERY = 7
 
@@ -47,7 +47,7 @@ def crossed(
             forms.append(mark + form)
     return '|'.join(forms)
 
-# %% ../../../nbs/world/textured/phrases.ipynb #8b13a3d6
+# %% ../../../nbs/world/textured/phrases.ipynb #21ab33f5
 def bare(form):
     "A form without its mark and commas."
     return form.lstrip('!*').replace(',', '')
@@ -58,7 +58,7 @@ def joined(*entries):
     shown = {bare(f) for f in forms if f[:1] not in ('!', '*')}
     return '|'.join(dict.fromkeys(f for f in forms if f[:1] not in ('!', '*') or bare(f) not in shown))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #4faaaf52
+# %% ../../../nbs/world/textured/phrases.ipynb #cd1389b2
 ADJECTIVES = {
     'red': 'red|ruby|*crimson|*scarlet', 'orange': 'orange|*tangerine', 'yellow': 'yellow|lemon yellow|*golden',
     'green': 'green|emerald|*lime', 'blue': 'blue|navy|*azure|*cobalt', 'purple': 'purple|violet|*mauve',
@@ -68,12 +68,12 @@ ADJECTIVES = {
     'spotted': 'spotted|dotted|polka dot|*spotty', 'marble': 'marble|marbled|*veined',
     'wood': 'wooden|wood|*timber', 'metal': 'metal|metallic|shiny|mirrored|*steel|*chrome'}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #bf801fd6
+# %% ../../../nbs/world/textured/phrases.ipynb #f2d00e5f
 NOUNS = {
     'sphere': 'ball|sphere|*orb|*globe', 'cube': 'box|cube|block|*brick', 'cylinder': 'cylinder|drum|*pillar',
     'cone': 'cone|pointed cone|*spike', '': 'thing|object|shape|*item'}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #459b1f21
+# %% ../../../nbs/world/textured/phrases.ipynb #6f731ee4
 @lru_cache(maxsize=1)
 def _pairs():
     "The (synonym, noun) pairs that training never shows; the first word for each thing goes with all nouns."
@@ -89,7 +89,7 @@ def partners(
     "The entry, with those words marked as held out that training never shows with this noun."
     return '|'.join(f'!{w}' if (w, noun) in _pairs() else w for w in entry.split('|'))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #67fbad63
+# %% ../../../nbs/world/textured/phrases.ipynb #4e47fac1
 OF_PATTERN = 'with ~0|covered in ~0|that has ~0|covered with ~0|with a pattern of ~0'
 OF_STUFF = 'made of ~0|of ~0|cut from ~0|made from ~0|that is made of ~0'
 OF_MATERIAL = {
@@ -100,7 +100,7 @@ OF_MATERIAL = {
     'marble': crossed(OF_STUFF, 'marble|veined marble', 3), 'wood': crossed(OF_STUFF, 'wood|solid wood', 4),
     'metal': joined(crossed(OF_STUFF, 'metal|polished metal|shiny metal', 1), 'like a mirror')}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #cbac0e86
+# %% ../../../nbs/world/textured/phrases.ipynb #919412e2
 OF_COLOUR = {colour: crossed('in ~0|painted ~0|coloured ~0|~0 in colour|of ~0 colour|with a ~0 colour', '{}', turn)
              for turn, colour in enumerate(list(ADJECTIVES)[:8])}
 OF_SIZE = {'small': 'of small size|small in size|!that has a small size',
@@ -109,7 +109,7 @@ OF_SIZE = {'small': 'of small size|small in size|!that has a small size',
 THAT = {kind: crossed('that is ~0|which is ~0|that looks ~0|that appears ~0|which looks ~0', '{}', turn)
         for turn, kind in enumerate(('material', 'colour', 'size'), 3)}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #f4cf32db
+# %% ../../../nbs/world/textured/phrases.ipynb #4c7db4d4
 GROUNDED = {
     'grass': 'on grass|on the grass|on green grass|on a lawn|on a meadow|in a meadow|in a grassy field|on grassy ground|'
              '*on turf',
@@ -121,7 +121,7 @@ GROUNDED = {
     'water': 'on water|in water|on the sea|in the sea|on a lake|in a lake|on the water|on open water|on a calm sea|'
              '*on the ocean'}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #544452a2
+# %% ../../../nbs/world/textured/phrases.ipynb #1730c166
 def name(phrase, article=True):
     "What a phrase of place or time is about: 'on a lawn' → 'a lawn', without its article 'lawn'."
     noun = re.sub(r'^\*?(on|in|at|by|under|after) ', '', phrase)
@@ -136,7 +136,7 @@ def facets(entry):
     marked = lambda f: ('*' if f[0] == '*' else '') + f.lstrip('*')
     return '|'.join('>'.join((marked(f), name(f), name(f, False), verb(f))) for f in entry.split('|'))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #7f56a50c
+# %% ../../../nbs/world/textured/phrases.ipynb #a836513e
 def table(frames, phrases):
     "An entry for each key of a table of phrases, each with combinations of its own held out."
     return {key: joined(crossed(frames, facets(entry), turn)) for turn, (key, entry) in enumerate(phrases.items())}
@@ -151,7 +151,7 @@ PLACE = table('~1{w} with {t}|~1{w} with {t} on it|~1{w} and {t}|~1{w} and on it
 #: The same before a whole clause.
 PLACE_WHERE = table('~1{w} where {t}|~1{w} on which {t}', GROUNDED)
 
-# %% ../../../nbs/world/textured/phrases.ipynb #7efca84f
+# %% ../../../nbs/world/textured/phrases.ipynb #01393339
 TIMES = {
     'clear': 'at midday|at noon|by day|in daylight|on a sunny day|in bright sunshine|*in fair weather',
     'sunset': 'at sunset|at dusk|in the evening|*at sundown|*at twilight',
@@ -163,7 +163,7 @@ ABOVE = {
     'overcast': 'under an overcast sky|under a cloudy sky|under a grey sky|under grey clouds|under clouds',
     'night': 'under the stars|under a starry sky|under a night sky|under a dark sky'}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #57551f11
+# %% ../../../nbs/world/textured/phrases.ipynb #886e30c1
 def _skies(times, above):
     "The tables of times and of what hangs above, as one."
     times, above = table(times, TIMES), table(above, ABOVE)
@@ -180,7 +180,7 @@ for sky, words in {'clear': 'daytime|day time|sunny', 'sunset': 'evening time|su
     WHEN[sky] = joined(WHEN[sky], *(f'while it is {w}' for w in words.split('|') if w != 'grey'))
     TIME_IS[sky] = joined(TIME_IS[sky], *(f'it is {w}' for w in words.split('|')))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #5345fac6
+# %% ../../../nbs/world/textured/phrases.ipynb #58d96613
 FROM_SIDE = {'left': 'from the left|on the left|from the left side|on the left side|at the left',
              'right': 'from the right|on the right|from the right side|on the right side|at the right',
              'behind': 'from behind|at the back|from the back'}
@@ -197,7 +197,7 @@ BEAM = _lit('light ~0|the light ~0|lit ~0|the light is ~0', left='shadows to the
             behind='backlit|the light is behind')
 BEAM_IS = _lit('the light is ~0|there is light ~0|it is lit ~0|light comes ~0')
 
-# %% ../../../nbs/world/textured/phrases.ipynb #64bc49de
+# %% ../../../nbs/world/textured/phrases.ipynb #c42bb4d6
 OF = {'left': 'to the left of|left of|on the left of|on the left side of|to the left side of',
       'front': 'in front of|before|nearer than|closer than', 'back': 'behind|at the back of|further back than'}
 ITS = {'left': 'to its left|on its left|left of it|to the left of it', 'front': 'in front of it|before it',
@@ -207,7 +207,7 @@ AT = {'left': 'on the left|to the left|at the left|on the left side|left',
 for phrases in (OF, ITS, AT): phrases['right'] = phrases['left'].replace('left', 'right')
 OPPOSITE = {'left': 'right', 'right': 'left', 'front': 'back', 'back': 'front'}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #9247e239
+# %% ../../../nbs/world/textured/phrases.ipynb #3839617e
 OF_FRAMES = ('{s} ~0 {o}|{s} standing ~0 {o}|{s} stands ~0 {o}|{s} is ~0 {o}|~0 {o} is {s}|~0 {o} stands {s}|'
              '~0 {o} there is {s}|~0 {o}, {s}|{s} that is ~0 {o}')
 ITS_FRAMES = '{o} with {s} ~0|{o} and ~0 {s}|{o}, ~0 {s}|{o}, and ~0 is {s}|{o}, and {s} is ~0|{o}, and ~0 there is {s}'
@@ -215,7 +215,7 @@ AT_FRAMES = ('{s} ~0 and {o} ~1|~0 {s}, ~1 {o}|{s} ~0, {o} ~1|~0 {s} and ~1 {o}|
              '~0 is {s}, and {o} is/ ~1|~0 there is {s} and ~1 {o}|{s} is ~0 and {o} is/ ~1|~0 stands {s}, ~1 {o}')
 MIXED_FRAMES = '~0 {s}, ~1 {o}|~0 is {s} and ~1 {o}|{s} ~0 and ~1 {o}|~0 is {s}, and ~1 is/ {o}'
 
-# %% ../../../nbs/world/textured/phrases.ipynb #c792b519
+# %% ../../../nbs/world/textured/phrases.ipynb #04730d5b
 def _agree(entry, many_s, many_o):
     "Verbs of several things; 'is/' is the verb of {o}."
     if many_s: entry = re.sub(r'\bis\b(?!/)', 'are', entry).replace('stands', 'stand')
@@ -229,7 +229,7 @@ def _both(a, b):
     "Phrases of two entries side by side, as pieces of one."
     return '|'.join(f'{x}>{y}' for x, y in zip(a.split('|'), b.split('|')*2))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #21fdea9a
+# %% ../../../nbs/world/textured/phrases.ipynb #daa1dac3
 def _one_way(way, s, o, many_s, many_o, turn):
     "Forms that place slot s, by or with slot o."
     back = OPPOSITE[way]
@@ -246,7 +246,7 @@ def relation(
     "Every way to say where two groups stand, from both sides; what is held out of one is shown of the other."
     return joined(_one_way(way, '{0}', '{1}', *many, 0), _one_way(OPPOSITE[way], '{1}', '{0}', *many[::-1], 3))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #0fcd4009
+# %% ../../../nbs/world/textured/phrases.ipynb #80a730d4
 ALONE_AT = {'left': AT['left'].rpartition('|')[0] + '|at the left edge|on the left of the picture|'
                     'on the left side of the picture',
             'centre': 'in the middle|in the centre|in the center|at the centre|in the middle of the picture'}
@@ -254,7 +254,7 @@ ALONE_AT['right'] = ALONE_AT['left'].replace('left', 'right')
 ALONE_FRAMES = '{0} ~0|~0 {0}|~0 is {0}|{0} standing ~0|~0 there is {0}|{0} is ~0|{0} stands ~0|~0 stands {0}|~0, {0}'
 ALONE = {k: joined(crossed(ALONE_FRAMES, ALONE_AT[k], turn)) for turn, k in enumerate(('left', 'centre', 'right'))}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #78b19d81
+# %% ../../../nbs/world/textured/phrases.ipynb #63eb5389
 ROW_AT = ('on the left>in the middle>on the right|at the left>in the centre>at the right|left>in the middle>right|'
           'on the left side>in the center>on the right side|to the left>in the middle>to the right')
 ROW_FRAMES = ('{A} ~A, {B} ~B and {C} ~C|~A {A}, ~B {B}, ~C {C}|{A} ~A, {B} ~B, {C} ~C|~A {A}, ~B {B} and ~C {C}|'
@@ -267,7 +267,7 @@ BETWEEN = ('{1} between {0} and {2}|{1} standing between {0} and {2}|{1} is betw
 FILE = ('~0 from left to right|~0 in a row|a row of ~0|from left to right ~0|in a row ~0|a row from left to right of ~0|'
         '~0 in a row from left to right')
 
-# %% ../../../nbs/world/textured/phrases.ipynb #45bb0460
+# %% ../../../nbs/world/textured/phrases.ipynb #f6f7da79
 def _ordered(order, turn):
     "A row told in this order of its places."
     frames = ROW_FRAMES
@@ -279,7 +279,7 @@ BACKWARDS = THREE.translate(str.maketrans('02', '20'))
 ROW = joined(crossed(FILE, THREE, 1), BETWEEN, crossed('~0 from right to left|from right to left ~0', BACKWARDS, 3),
              *(_ordered(order, turn) for turn, order in enumerate(permutations(range(3)))))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #5e901409
+# %% ../../../nbs/world/textured/phrases.ipynb #e8236d25
 WHERE = ALONE | {'beside': relation('left'), 'front': relation('front'), 'row': ROW,
                  'trio': relation('front', (False, True)), 'square': relation('front', (True, True))}
 GROUPS = dict.fromkeys(ALONE, ((0,),)) | {'beside': ((0,), (1,)), 'front': ((0,), (1,)), 'row': ((0,), (1,), (2,)),
@@ -291,7 +291,7 @@ NEXT = joined(crossed('{0} ~0 {1}|{0} standing ~0 {1}|{0} is ~0 {1}|~0 {1} is {0
 TOGETHER = {None: '{}', 'beside': '{} side by side|{} next to each other|side by side {}|!{} standing side by side',
             'row': '{} in a row|a row of {}|in a row {}|!{} standing in a row'}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #62670c13
+# %% ../../../nbs/world/textured/phrases.ipynb #650dcd27
 LISTS = {1: '{0}', 2: joined(crossed('{0} ~0 {1}|{0}, ~0 {1}', 'and|and also|plus|with|together with|as well as|then', 1),
                              '{0}, {1}|both {0} and {1}'),
          3: joined('{0}, {1} and {2}', crossed('{0}, {1} ~0 {2}|{0}, {1}, ~0 {2}|{0} ~0 {1} ~0 {2}|{0} and {1} ~0 {2}',
@@ -308,7 +308,7 @@ COMPARED = {'small': 'smaller', 'large': 'bigger|larger'}
 THAN = {size: crossed('{0} ~0 than {1}|{0} that is ~0 than {1}|{0}, ~0 than {1}|{0} is ~0 than {1}',
                       word, turn) for turn, (size, word) in enumerate(COMPARED.items(), 3)}
 
-# %% ../../../nbs/world/textured/phrases.ipynb #859be7cd
+# %% ../../../nbs/world/textured/phrases.ipynb #0232bbb7
 PICTURES = 'a picture|a photo|an image|a scene'
 OPEN = {'thing': joined('there is |we see |here is |i see |here we see |imagine |we have |make ',
     crossed('~0 |please ~0 ', 'draw|show|show me|give me|paint', 2),
@@ -321,7 +321,7 @@ EMPTY = ('a scene', 'a picture', 'an image', 'anything', 'something', 'surprise 
 #: Words that functions put in.
 OTHERS = 'a an one the look bright deep vivid'
 
-# %% ../../../nbs/world/textured/phrases.ipynb #2f6051a4
+# %% ../../../nbs/world/textured/phrases.ipynb #1d72bada
 def plural(noun):
     "The noun, of several things."
     return noun + ('es' if noun.endswith('x') else 's')
@@ -336,9 +336,9 @@ TABLES = (ADJECTIVES, NOUNS, OF_MATERIAL, OF_COLOUR, OF_SIZE, THAT, ON, GROUND, 
 
 def all_entries():
     "Every entry of every table, marks included."
-    return [entry for t in TABLES for entry in t.values()]
+    return [entry for t in TABLES for entry in t.values()] + [NEXT]
 
-# %% ../../../nbs/world/textured/phrases.ipynb #c7889def
+# %% ../../../nbs/world/textured/phrases.ipynb #601e939e
 def _open_up(tables):
     "Take the mark from held-out phrases that some other form contains."
     shown = ' | '.join(bare(f) for e in all_entries() for f in e.split('|') if f[:1] != '!') + ' '
@@ -348,14 +348,14 @@ def _open_up(tables):
 
 _open_up(TABLES)
 
-# %% ../../../nbs/world/textured/phrases.ipynb #205438a9
+# %% ../../../nbs/world/textured/phrases.ipynb #2bfcdc0c
 @lru_cache(maxsize=1)
 def known_words():
     "Every word of the grammar, as a frozenset."
     nouns = [plural(noun) for entry in NOUNS.values() for noun in entry.split('|')]
     return frozenset(w for form in [*all_entries(), *nouns, *EMPTY, OTHERS] for w in words_in(form))
 
-# %% ../../../nbs/world/textured/phrases.ipynb #8753001e
+# %% ../../../nbs/world/textured/phrases.ipynb #8898cffd
 def unknown_words(
     text: str, # a caption that somebody typed
 ) -> list: # in the order of the text, each once
