@@ -231,20 +231,21 @@ def sample_student(
 # %% ../nbs/09_sampling.ipynb #f07bb152
 @torch.no_grad()
 def decode(
-    pipe: Pipeline, # its autoencoder is used
+    pipe: Pipeline, # its autoencoder is used, or its small decoder
     latents: Tensor, # (B, C, h, w) scaled latents, as the samplers return them
     batch_size: int = 4, # images at once; more do not fit a processor's cache
     size: tuple | None = None # (height, width) to scale and crop the images to; as they are if None
 ) -> Tensor: # (B, 3, H, W) float32 in [0, 1], on the device of the autoencoder
     "Images of latents; `ValueError` on a wrong shape or on values that are not finite."
-    channels, weight = pipe.vae.config.latent_channels, next(pipe.vae.parameters())
+    decoder, scale = pipe.decoding
+    channels, weight = decoder.config.latent_channels, next(decoder.parameters())
     require(latents.ndim == 4 and latents.shape[1] == channels,
             lambda: f'latents has shape {tuple(latents.shape)}, but must be (B, {channels}, h, w): '
                     'pass what a sampler returned.')
     require(bool(latents.isfinite().all()),
             'latents holds values that are not finite, which decode to nothing: sample in float32 or bfloat16.')
-    parts = (latents.to(weight)/pipe.scaling_factor).split(batch_size)
-    images = torch.cat([pipe.vae.decode(z).sample.float() for z in parts])                        # (B, 3, H, W)
+    parts = (latents.to(weight)/scale).split(batch_size)
+    images = torch.cat([decoder.decode(z).sample.float() for z in parts])                        # (B, 3, H, W)
     if size is not None: images = resize_and_crop(images, *size)
     return (images/2 + 0.5).clamp(0, 1)
 
