@@ -39,7 +39,7 @@ def gradient(
     return g.square().sum(2).sqrt()                                             # (B, 2, H, W)
 
 # %% ../nbs/11a_conditions.ipynb #7592bec7
-CONDITIONS = ('edges', 'hard', 'depth', 'segmentation')
+CONDITIONS = ('edges', 'hard', 'outlines', 'depth', 'segmentation')
 NEAR, FARTHEST = 4., 60.    # scene units: depth at nearness 1, and where the ray tracer cuts depth off
 
 def soft_lines(
@@ -97,8 +97,7 @@ def _hed(images):
 
 def extract(
     images: Tensor, # (B, 3, H, W) in [0, 1]
-    # edges, hard or hed; depth and segmentation need a trained network, or a world whose camera is known
-    condition: str,
+    condition: str, # edges, hard or hed; the others need a trained network
 ) -> Tensor: # (B, 3, H, W) in [-1, 1]
     "The condition that an image shows; `ValueError` for another name, shape or range."
     check_condition(condition, EXTRACTED)
@@ -161,12 +160,12 @@ def fidelity(
     given: Tensor, # (B, 3, H, W) in [-1, 1], the condition that was given
     images: Tensor, # (B, 3, H, W) in [0, 1], the outputs
     condition: str, # its name
-    # (images, condition) -> pictures; `world.truths.read_condition` knows depth and segmentation of scenes
-    extract=extract,
+    extract=extract, # (images, condition) -> pictures; one of your own may read depth and segmentation
     **options # of its measure: tolerance, for edges
 ) -> Tensor: # (B,): F (edges, hard, hed), IoU (segmentation), both 1 at best; log-depth error (depth), 0 at best
     "How well images obey a condition: its measure between the condition given and the one extracted."
-    return MEASURES[condition](given, extract(images, condition).to(given), **options)
+    found = extract(images, condition).to(given)
+    return MEASURES[condition](given, found, **options)
 
 # %% ../nbs/11a_conditions.ipynb #60209701
 def closed_gap(

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from pixart_delta_nb.evidence.attributes import ROWS, accuracy_table, table_lines
-from pixart_delta_nb.world.words import ATTRIBUTES, attributes, make
+from pixart_delta_nb.world.captions import make
+from pixart_delta_nb.world.words import ATTRIBUTES, attributes
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')

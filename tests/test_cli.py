@@ -128,7 +128,7 @@ def test_a_console_without_greek_and_chinese_prints_what_it_can(own, tmp_path, m
 def edges(tmp_path_factory):
     from pixart_delta_nb.sampling import to_pil
     from pixart_delta_nb.world.truths import truth
-    from pixart_delta_nb.world.words import make
+    from pixart_delta_nb.world.captions import make
     path = tmp_path_factory.mktemp('edges')/'edges.png'
     to_pil(truth(make(555, 3)[0], 'edges')/2 + .5)[0].save(path)
     return path

@@ -8,7 +8,7 @@ from torch import nn
 from pixart_delta_nb.evidence.clip import build_clip, clip_score, contrastive_loss, load_clip, retrieval_accuracy, save_clip
 from pixart_delta_nb.evidence.clip_training import train_clip
 from pixart_delta_nb.evidence.public import InceptionFeatures, public_clip
-from pixart_delta_nb.world.words import make
+from pixart_delta_nb.world.captions import make
 
 CAPTIONS = [make('test scores', i)[1] for i in range(40)]
 

@@ -18,7 +18,7 @@ from pixart_delta_nb.latents import Batch
 from pixart_delta_nb.text import null_caption
 from pixart_delta_nb.transformer import PixArtTransformer, TransformerConfig
 from pixart_delta_nb.world.recipes import scene_data
-from pixart_delta_nb.world.words import make
+from pixart_delta_nb.world.captions import make
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,8 @@ from pixart_delta_nb.evidence.judge import Evaluator, attribute_accuracy, augmen
 from pixart_delta_nb.evidence.judge_training import evaluator_loss, train_evaluator
 from pixart_delta_nb.folders import shipped
 from pixart_delta_nb.world.raytracer import render
-from pixart_delta_nb.world.words import ATTRIBUTES, Scene, attributes, make
+from pixart_delta_nb.world.captions import make
+from pixart_delta_nb.world.words import ATTRIBUTES, Scene, attributes
 
 NAMES = list(ATTRIBUTES)
 SHIPPED = shipped('evaluator')/'evaluator.safetensors'

@@ -10,7 +10,8 @@ from pixart_delta_nb.pipeline import load_pipeline, tiny_pipeline
 from pixart_delta_nb.world import recipes as R
 from pixart_delta_nb.world.autoencoder import crops, train_vae
 from pixart_delta_nb.world.truths import truth
-from pixart_delta_nb.world.words import attributes, make
+from pixart_delta_nb.world.captions import make
+from pixart_delta_nb.world.words import attributes
 
 QUIET = {'progress': False}
 

@@ -1,18 +1,19 @@
 """The textured world: exact draws given what is known, captions with a dial, textures that no caption tells, truth maps."""
-import math, random
+import math, random, re
 from dataclasses import replace
 from itertools import permutations
 
 import pytest, torch
 
 from pixart_delta_nb.world.raytracer import edges
-from pixart_delta_nb.world.textured.bands import BANDS, band_energy
-from pixart_delta_nb.world.textured.captions import LEVELS, describe, make, redraw
-from pixart_delta_nb.world.textured.materials import GROUND, PATTERNS, fractal, noise
-from pixart_delta_nb.world.textured.phrases import known_words, unknown_words
-from pixart_delta_nb.world.textured.raytracer import render
-from pixart_delta_nb.world.textured.skies import sky
-from pixart_delta_nb.world.textured.words import (
+from pixart_delta_nb.world import arrangements, phrases
+from pixart_delta_nb.world.bands import BANDS, band_energy
+from pixart_delta_nb.world.captions import LEVELS, describe, make, redraw
+from pixart_delta_nb.world.materials import GROUND, PATTERNS, fractal, noise
+from pixart_delta_nb.world.phrases import known_words, unknown_words
+from pixart_delta_nb.world.raytracer import render
+from pixart_delta_nb.world.skies import sky
+from pixart_delta_nb.world.words import (
     ATTRIBUTES, GROUNDS, HELD_OUT, MATERIALS, SKIES, apart, attributes, chance_alike, sample_scene, seen, values_of)
 
 
@@ -78,6 +79,56 @@ def test_the_dial_goes_from_everything_to_nothing():
 def test_training_never_shows_what_the_test_split_always_does():
     captions = {split: [make('split', i, level='full', split=split)[1] for i in range(150)] for split in ('train', 'test')}
     assert not any(c.novel for c in captions['train']) and all(c.novel for c in captions['test'])
+
+
+def test_a_test_caption_has_one_or_two_novel_parts():
+    assert {make('few', i, level='full', split='test')[1].novel for i in range(150)} == {1, 2}
+
+
+def forms(entry, mark):
+    "Held-out ('!') or other forms of an entry, without commas."
+    return {arrangements.bare(f) for f in entry.split('|') if (f[:1] == '!') == (mark == '!')}
+
+
+def test_no_held_out_form_is_shown():
+    for table in phrases.TABLES:
+        for entry in table.values(): assert not forms(entry, '!') & forms(entry, '')
+    blob = '\n'.join(' '.join(phrases.words_in(make('blob', i)[1].text)) for i in range(4000))
+    held_out = {f.strip() for e in phrases.all_entries() for f in forms(e, '!') if '{' not in f}
+    assert len(held_out) > 50 and not [f for f in held_out if re.search(rf'\b{f}\b', blob)]
+
+
+@pytest.mark.parametrize('way, many', [('left', (False, False)), ('front', (False, False)), ('front', (False, True)),
+                                       ('front', (True, True))])
+def test_training_shows_each_relation_from_both_sides_in_every_frame(way, many):
+    entry = arrangements.relation(way, many)
+    shown, parts = arrangements.sorted_forms(entry)[0], [arrangements.OF, arrangements.AT]
+    for side in (way, arrangements.OPPOSITE[way]):
+        for table in parts:
+            for phrase in table[side].split('|'): assert sum(phrase in f for f in shown) > 4, (side, phrase)
+    assert sum(f.startswith('{0}') for f in shown) > 20 < sum(f.startswith('{1}') for f in shown)
+    assert sum(not f.startswith('{') for f in shown) > 40
+
+
+def test_each_ground_is_said_in_every_frame():
+    for ground, entry in phrases.ON.items():
+        shown = phrases.sorted_forms(entry)[0]
+        for start in ('where the ground is', 'where there', 'standing', 'with'):
+            assert sum(f.startswith(start) for f in shown) > 2, (ground, start)
+
+
+@pytest.mark.parametrize('text', [
+    'a big red ball on green grass at midday', 'a cylinder that is blue', 'one tiny blue box, night time, snowy ground',
+    'a yellow cone standing right of a purple cylinder', 'two green balls',
+    'three striped boxes on sand under a cloudy sky'])
+def test_what_a_visitor_types_is_made_of_shown_forms(text):
+    shown = sorted({f for e in phrases.all_entries() for f in arrangements.sorted_forms(e)[0]
+                    if '{' not in f and len(f) > 1} | {'boxes', 'balls', 'one'}, key=len, reverse=True)
+    shown += ['that is', 'standing right of']
+    assert '{1} standing right of {0}' in arrangements.sorted_forms(phrases.WHERE['beside'])[0]
+    left = text.replace(',', '')
+    for form in shown: left = re.sub(rf'\b{form}\b', '', left)
+    assert not set(left.split()) - {'a'} and not unknown_words(text)
 
 
 def test_captions_are_made_of_known_words():

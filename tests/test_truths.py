@@ -4,8 +4,9 @@ import torch
 
 from pixart_delta_nb.conditions import CONDITIONS
 from pixart_delta_nb.world.raytracer import render
-from pixart_delta_nb.world.truths import empty_worlds, read_condition, scene_fidelity, truth
-from pixart_delta_nb.world.words import Scene, Thing, make
+from pixart_delta_nb.world.truths import scene_fidelity, truth
+from pixart_delta_nb.world.captions import make
+from pixart_delta_nb.world.words import Scene, Thing
 
 SCENE = Scene('centre', [Thing('sphere', 'red', 'large', 0., 0., 0.)], 'grass', 'clear')
 

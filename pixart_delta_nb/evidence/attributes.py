@@ -12,7 +12,8 @@ from ..core import require
 from .judge import attribute_accuracy, read_attributes
 from .kit import Figured, Kit, Method, images_of, measured
 from ..plots import PALETTE, use_style
-from ..world.words import attributes, make
+from ..world.captions import make
+from ..world.words import attributes
 
 # %% ../../nbs/evidence/attributes.ipynb #ae904cc3
 ROWS = {'one object': ('objects', '1'), 'two objects': ('objects', '2'), 'three objects': ('objects', '3'),

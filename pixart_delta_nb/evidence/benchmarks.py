@@ -23,7 +23,7 @@ from ..schedules import add_noise, at, skip_grid
 from ..solvers import ddim_step
 from ..text import null_caption
 from ..world.recipes import scene_data
-from ..world.words import make
+from ..world.captions import make
 
 # %% ../../nbs/evidence/benchmarks.ipynb #f6e3976b
 def benchmark_step(

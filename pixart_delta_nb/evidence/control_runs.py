@@ -20,7 +20,8 @@ from ..sampling import generate
 from ..world.raytracer import render
 from ..world.recipes import scene_data
 from ..world.truths import scene_fidelity, truth
-from ..world.words import attributes, make
+from ..world.captions import make
+from ..world.words import attributes
 
 # %% ../../nbs/evidence/control_runs.ipynb #8d382994
 RUNS = {f'Transformer, N = {n}': {'num_copies': n} for n in (1, 2, 4, 7, 13)}

@@ -22,7 +22,8 @@ from .autoencoder import pixels, train_vae
 from .language import train_text_encoder
 from .scenes import render_many, stream_scenes
 from .truths import truth
-from .words import ATTRIBUTES, attributes, make
+from .captions import make
+from .words import ATTRIBUTES, attributes
 
 # %% ../../nbs/world/recipes.ipynb #be7eacc2
 def _render_on(path, count, seed):
@@ -52,8 +53,8 @@ def render_scenes(
     part, scenes = out/f'scenes-{seed}.part', [make(seed, i) for i in range(count)]
     _render_on(part, count, seed)
     images = torch.from_file(str(part), size=count*3*128*128, dtype=torch.uint8).reshape(count, 3, 128, 128)
-    labels = torch.stack([attributes(scene, unsaid) for scene, _, unsaid in scenes])
-    captions = json.dumps([c for _, c, _ in scenes])
+    labels = torch.stack([attributes(scene, caption.unsaid, caption.order) for scene, caption in scenes])
+    captions = json.dumps([caption.text for _, caption in scenes])
     write_atomic(out/'captions.json', lambda p: p.write_text(captions, encoding='utf-8'))
     save_tensors(out/'scenes.safetensors', {'images': images, 'labels': labels}, {'seed': seed})
     part.unlink()
@@ -192,7 +193,7 @@ def scene_data(
     condition: str | None = None, # whose latents to add as `control`
 ) -> LatentDataset: # D_z with the pipeline's scaling factor
     "Latents and captions of rendered scenes, and of their true condition."
-    captions = [make(seed, i)[1] for i in range(count)]
+    captions = [make(seed, i)[1].text for i in range(count)]
     data = precompute(pipe, render_many(seed, count), captions, world=seed)
     if condition is None: return data
     pictures = ConditionPictures(Scenes(None, captions, seed=seed), condition)

@@ -11,7 +11,8 @@ import torch
 from .. import core
 from ..core import require
 from .raytracer import render
-from .words import PAIRS, make
+from .captions import make
+from .words import PAIRS
 
 # %% ../../nbs/world/scenes.ipynb #ed6356c8
 def _positive(**counts):
@@ -31,8 +32,8 @@ class SceneDataset(torch.utils.data.Dataset):
     def __len__(self): return self.count
     def __getitem__(self, index):
         if not 0 <= index < self.count: raise IndexError(f'index {index} is outside 0 … {self.count - 1}.')
-        scene, caption, _ = make(self.seed, index, self.pairs)
-        return {'image': render(scene, self.size)['image']*2 - 1, 'caption': caption}
+        scene, caption = make(self.seed, index, self.pairs)
+        return {'image': render(scene, self.size)['image']*2 - 1, 'caption': caption.text}
 
 # %% ../../nbs/world/scenes.ipynb #f31d4128
 def picture_bytes(
