@@ -136,6 +136,8 @@ def save_decoder(
     decoder.register_to_config(_name_or_path='')
     def write(to):
         _write_part(decoder, to, as_dtype(dtype))
+        config = read_json(to/'config.json')                         # diffusers writes an entry that it warns of
+        write_json(to/'config.json', {k: v for k, v in config.items() if k != 'block_out_channels'}, indent=2)
         save_card(to, **getattr(decoder, 'facts', {}) | facts)
     return write_folder(folder, write)
 
@@ -177,10 +179,8 @@ def _usage(student, omega, config):
             f"pipe = PixArtAlphaPipeline.from_pretrained('FOLDER')\nimage = {call}.images[0]")
     return call, f'# A PixArt pipeline\n\n```python\n{code}\n```\n\n' + '\n'.join(why) + '\n'
 
-_TINY = '''
-A small decoder draws nearly the same pictures several times faster:
-`pipe.vae = diffusers.AutoencoderTiny.from_pretrained('FOLDER/vae_tiny')`.
-'''
+_TINY = ("\nA small decoder draws nearly the same pictures several times faster:\n"
+         "`pipe.vae = diffusers.AutoencoderTiny.from_pretrained('FOLDER/vae_tiny')`.\n")
 
 def _finish(folder, model, network, known, facts):
     "Scheduler, README, index and card, in this order."
@@ -207,7 +207,7 @@ def _begin(folder, transformer, dtype):
 def _write_part(part, folder, dtype):
     "A network of another library, copied to the CPU in `dtype`; its config asks for float32."
     part = copy.deepcopy(part).cpu().to(memory_format=torch.contiguous_format)
-    (part if part.dtype == dtype else part.to(dtype)).save_pretrained(folder)
+    (part if part.dtype == dtype else torch.nn.Module.to(part, dtype)).save_pretrained(folder)
     config = read_json(folder/'config.json')
     if 'dtype' in config: write_json(folder/'config.json', config | {'dtype': 'float32'}, indent=2)
 
