@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Folder', 'Device', 'Resume', 'TensorBoard', 'Bf16', 'Steps', 'BatchSize', 'Model', 'PICTURES', 'Caption',
            'SamplerSteps', 'Seed', 'Picture', 'AsTeacher', 'Guidance', 'Adapter', 'ControlNet', 'Control', 'Condition',
-           'Strength', 'Source', 'Size', 'ControlKind', 'Measure', 'Teacher', 'Latents', 'Distilled', 'Rate', 'AsLora',
-           'Rank', 'Decay', 'Kind', 'Copies', 'Entry', 'Wiring', 'Shown', 'Data', 'Scenes', 'DecoderOf', 'Vae', 'Text',
-           'Start', 'Results', 'Images', 'Name', 'Anew', 'TeacherFolder', 'StudentFolder', 'Public', 'Weights',
-           'Precision', 'Compiled', 'Graph', 'Reader', 'log_to', 'check_picture', 'chosen_pipeline', 'steered',
-           'generate', 'precompute', 'distill', 'train_controlnet', 'render', 'train_vae', 'train_text',
+           'Strength', 'Small', 'Source', 'Size', 'ControlKind', 'Measure', 'Teacher', 'Latents', 'Distilled', 'Rate',
+           'AsLora', 'Rank', 'Decay', 'Kind', 'Copies', 'Entry', 'Wiring', 'Shown', 'Data', 'Scenes', 'DecoderOf',
+           'Vae', 'Text', 'Start', 'Results', 'Images', 'Name', 'Anew', 'TeacherFolder', 'StudentFolder', 'Public',
+           'Weights', 'Precision', 'Compiled', 'Graph', 'Reader', 'log_to', 'check_picture', 'chosen_pipeline',
+           'steered', 'generate', 'precompute', 'distill', 'train_controlnet', 'render', 'train_vae', 'train_text',
            'train_teacher', 'reproduce', 'evaluate', 'train_evaluator', 'train_clip', 'bench', 'main']
 
 # %% ../nbs/16_cli.ipynb #fd8acd0f
@@ -47,14 +47,15 @@ def check_picture(path):
     check_writable(path.parent)
 
 # %% ../nbs/16_cli.ipynb #ed565698
-def chosen_pipeline(pipeline, teacher, lora, device):
+def chosen_pipeline(pipeline, teacher, lora, device, tiny=False):
     "The pipeline that the options of `generate` ask for."
     from pixart_delta_nb.core import require
     from pixart_delta_nb.lora import apply_lora
     from pixart_delta_nb.pipeline import load_pipeline
     require(not (teacher and lora), '--teacher and --lora exclude each other: an adapter makes a student, so drop one.')
     require(not (pipeline and teacher), '--pipeline excludes --teacher, which is the shipped one: leave one out.')
-    pipe = load_pipeline(pipeline, None if pipeline or teacher or lora else 'shipped', device=device)
+    student, decoder = None if pipeline or teacher or lora else 'shipped', 'tiny' if tiny else 'full'
+    pipe = load_pipeline(pipeline, student, device=device, decoder=decoder)
     if lora: typer.echo(f'{apply_lora(pipe, lora)} tensors of the adapter applied')
     return pipe
 
@@ -78,19 +79,20 @@ ControlNet = option(Path | None, 'Folder of train-controlnet\'s; the shipped one
 Control = option(Path | None, 'Picture that says where things go.')
 Condition = option(str, 'What to take from it: edges; or given, if it shows edges already.')
 Strength = option(float, 'Strength of the control.', '--conditioning-scale')
+Small = option(bool, 'Decode with the small decoder in the model\'s folder: faster, nearly the same.', '--tiny-decoder')
 
 # %% ../nbs/16_cli.ipynb #d4babac4
 @command
 def generate(caption: Caption, steps: SamplerSteps = None, seed: Seed = 0, out: Picture = Path('image.png'),
              teacher: AsTeacher = False, pipeline: Model = None, guidance_scale: Guidance = None, lora: Adapter = None,
              control: Control = None, condition: Condition = 'edges', controlnet: ControlNet = None,
-             conditioning_scale: Strength = 1., device: Device = 'cpu'):
+             conditioning_scale: Strength = 1., tiny_decoder: Small = False, device: Device = 'cpu'):
     "Draw one caption with the distilled student, or with its teacher."
     check_picture(out)
     import time
     from pixart_delta_nb.core import write_atomic
     from pixart_delta_nb.sampling import generate as draw, to_pil
-    pipe, extra = chosen_pipeline(pipeline, teacher, lora, device), {}
+    pipe, extra = chosen_pipeline(pipeline, teacher, lora, device, tiny_decoder), {}
     if control: pipe, extra = steered(pipe, control, condition, controlnet, conditioning_scale, pipeline)
     start = time.perf_counter()
     images = draw(pipe, [caption], steps, guidance_scale, seeds=[seed], **extra)
@@ -282,7 +284,6 @@ Precision = option(str | None, 'float32, bfloat16 or float16; what suits the dev
 Compiled = option(bool, 'torch.compile the transformer.', '--compile')
 Graph = option(bool, 'Replay one CUDA graph.', '--cuda-graph')
 Reader = option(bool, 'Build and time the text encoder as well.', '--text-encoder')
-
 
 @command
 def bench(scale: option(str, 'paper or workshop.') = 'paper', resolution: option(int, '256, 512 or 1024.') = 256,
