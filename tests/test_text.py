@@ -1,10 +1,10 @@
 "Captions on their way to the transformer: tokens, padding, what is cut, and what was never met."
 import json, warnings
 import pytest, torch
-from pixart_delta_nb.text import build_tokenizer, encode_captions, fallback_ids, null_caption, read_tokenizer, unknown_words
-from pixart_delta_nb.world.words import make
+from pixart_delta_nb.text import build_tokenizer, encode_captions, fallback_ids, null_caption, read_tokenizer, token_ids, unknown_words
+from pixart_delta_nb.world.captions import make
 
-CAPTIONS = [make(0, i)[1] for i in range(80)]
+CAPTIONS = [make(0, i)[1].text for i in range(80)]
 
 
 @pytest.fixture(scope='module')
@@ -108,3 +108,22 @@ def test_captions_must_be_strings(encode, bad):
 def test_a_folder_without_a_vocabulary_is_one_sentence(tmp_path):
     (tmp_path/'tokenizer_config.json').write_text(json.dumps({}))
     with pytest.raises(ValueError, match='tokenizer.json or the spiece.model'): read_tokenizer(tmp_path)
+
+
+# marks ----------------------------------------------------------------------------------------------------------
+def test_a_mark_beside_a_word_makes_no_other_word_of_it(tokenizer):
+    plain, marked = token_ids(tokenizer, ['a red ball on grass', 'A red, ball on grass.'])
+    assert [i for i in marked if i not in fallback_ids(tokenizer)] == plain
+
+
+def test_a_hyphen_joins_words_that_are_known(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert token_ids(tokenizer, ['a red-ball on grass']) == token_ids(tokenizer, ['a red ball on grass'])
+    with pytest.warns(UserWarning, match='never met "fuel"'): token_ids(tokenizer, ['a red-fuel ball'])
+
+
+def test_a_vocabulary_with_hyphens_of_its_own_keeps_them():
+    from transformers import T5Tokenizer
+    theirs = T5Tokenizer(vocab=[('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.), ('▁a', -1.), ('a', -2.), ('-', -2.), ('b', -3.)], extra_ids=0)
+    assert token_ids(theirs, ['a-a'])[0][1] == theirs.convert_tokens_to_ids('-')
