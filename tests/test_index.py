@@ -135,7 +135,10 @@ def test_table_shows_the_scores_that_there_are_with_their_intervals():
 
 def test_sentence_of_the_table_holds_the_ratios_to_the_teacher():
     rows = [quality('teacher 14', 10.), quality('student 4', 11.), quality('student 2', 15.), quality('student 1', 80.)]
-    assert results.tell_quality({'quality': rows}).endswith('1.10 at 4 steps, 1.50 at 2 steps, 8.00 at 1 step.')
+    told = "Student's Fréchet distance over the teacher's at 14 steps: 1.10 at 4 steps (intervals overlap), 1.50 at 2 steps, 8.00 at 1 step."
+    assert results.tell_quality({'quality': rows}) == told
+    control = results.tell_quality({'quality': rows + [quality('undistilled 4', 22.), quality('undistilled 1', 81.)]})
+    assert control == f"{told} Student's Fréchet distance over the undistilled network's: 0.50 at 4 steps, 0.99 at 1 step (intervals overlap)."
     assert results.tell_quality({'quality': rows[1:]}) == '' and results.tell_quality({'quality': rows[:1]}) == ''
 
 

@@ -20,7 +20,7 @@ def _score(scenes, fake, floor, tolerance):
     "{fidelity, interval, closed, ceiling} of pictures, named by the tolerance (pixels), which lines have alone."
     given, condition = scenes['given'], scenes['condition']
     options = {'tolerance': tolerance} if MEASURES[condition] is edge_f_score else {}
-    own, low, high = (scene_fidelity(given, x, condition, **options) for x in (fake, floor, scenes['renders']))
+    own, low, high = (scene_fidelity(given, x, condition, **options) for x in (fake, floor, scenes['decoded']))
     found = mean_fidelity(own) | {'closed': closed_gap(own, low, high), 'ceiling': high.mean().item()}
     return {f'{k}_{tolerance}': v for k, v in found.items()}
 
@@ -36,7 +36,7 @@ def run_control(
     ends=ENDS, # networks and their steps
 ) -> dict:
     "A ControlNet on held-out scenes: fidelity at each tolerance, closed gap and grades, without and with control."
-    scenes, paper, rows = held_out(images, condition, seed), exam(images, seed), []
+    scenes, paper, rows = held_out(kit, images, condition, seed), exam(images, seed), []
     net = net or load_controlnet(shipped('controlnet'), kit.teacher.transformer)
     for (network, steps), told in itertools.product(ends, CAPTIONS):
         fakes = {scale: obey(kit, net, scenes, told, network, steps, scale=scale) for scale in (0., 1.)}
@@ -45,7 +45,7 @@ def run_control(
             for tolerance in tolerances: row |= _score(scenes, fake, fakes[0.], tolerance)
             rows.append(row | grade(kit, fake, paper))
     return {'images': images, 'condition': condition, 'tolerances': list(tolerances), 'rows': rows,
-            'seeds': {'scenes': seed, 'renders': seed + 1}}
+            'redrawn': mean_fidelity(scenes['redrawn']), 'seeds': {'scenes': seed, 'renders': seed + 1}}
 
 # %% ../../nbs/evidence/control.ipynb #fbe3632a
 def draw_control(found: dict): # of `run_control`
@@ -62,13 +62,14 @@ def draw_control(found: dict): # of `run_control`
         labels.append(f"{pair[0]['method']}, {'captions' if pair[0]['captions'] == 'full' else 'no words'}")
     ax.axvline(found['rows'][0][f'ceiling_{t}'], color='k', lw=1)
     ax.set_yticks(range(len(labels)), labels); ax.invert_yaxis()
-    ax.set_xlabel(f'F-score of the edges, tolerance {t} pixel; line: true renders')
+    ax.set_xlabel(f'F-score of the edges, tolerance {t} pixel; line: decoded renders')
     return fig
 
 # %% ../../nbs/evidence/control.ipynb #58119e3e
 def tell_control(found: dict) -> str: # of `run_control`
     "F-scores with and without control, the closed gap, and what happens to accuracy and Fréchet distance."
     t, text = found['tolerances'], []
+    if 'redrawn' in found: text.append(f"another render of the same caption: F {found['redrawn']['fidelity']:.3f}")
     for off, on in zip(found['rows'][::2], found['rows'][1::2]):
         scores = ', '.join(f"{off[f'fidelity_{n}']:.3f} to {on[f'fidelity_{n}']:.3f} at {n} px" for n in t)
         said = (f"{on['method']}, {'captions' if on['captions'] == 'full' else 'no words'}: "

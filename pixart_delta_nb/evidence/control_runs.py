@@ -7,27 +7,28 @@ __all__ = ['RUNS', 'SEEDS', 'MARKS', 'TRAINING', 'CAPTIONS', 'ENDS', 'run_folder
            'mean_fidelity']
 
 # %% ../../nbs/evidence/control_runs.ipynb #3ef3ba0c
-import copy, functools
+import copy, functools, random
 from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import Tensor
 from ..controlnet import ControlNetTransformer, load_controlnet, save_controlnet, train_controlnet
 from .distances import bootstrap_interval
-from .kit import Kit, walk
+from .kit import Kit, guidance_of, reconstructed, walk
+from .runs import SCENES
 from ..latents import LatentDataset
 from ..sampling import generate
+from ..world.captions import make, redraw
 from ..world.raytracer import render
 from ..world.recipes import scene_data
 from ..world.truths import scene_fidelity, truth
-from ..world.captions import make
 from ..world.words import attributes
 
 # %% ../../nbs/evidence/control_runs.ipynb #8d382994
 RUNS = {f'Transformer, N = {n}': {'num_copies': n} for n in (1, 2, 4, 7, 13)}
 RUNS['UNet, N = 7'] = {'num_copies': 7, 'wiring': 'unet'}
 SEEDS = {'Transformer, N = 7': (0, 1, 2), 'UNet, N = 7': (0, 1, 2)}    # of training; the other runs have seed 0
-MARKS = (0, 10, 20, 40, 60, 80, 100, 150, 200)                         # training steps at which a run is looked at
+MARKS = (0, 30, 100, 300, 600, 1000, 1500, 2000)                       # training steps at which a run is looked at
 TRAINING = {'batch_size': 16, 'lr': 1e-3}                              # of `train_controlnet`
 
 def run_folder(
@@ -42,7 +43,7 @@ def run_folder(
 # %% ../../nbs/evidence/control_runs.ipynb #46266d0d
 def control_snapshots(
     pipe, # of the teacher
-    data: LatentDataset | None, # with control; None makes it of 4,096 scenes when a mark has to be trained for
+    data: LatentDataset | None, # with control; None makes it of `SCENES` when a mark has to be trained for
     out: str | Path, # folder of checkpoint and adapters
     marks=MARKS, # training steps
     condition='edges',
@@ -50,7 +51,7 @@ def control_snapshots(
 ):
     "Yields (step, ControlNetTransformer) of one training run at each mark; `ValueError` where `out` holds another run."
     settings = TRAINING | settings
-    rows = functools.cache(lambda: scene_data(pipe, 4096, condition=condition) if data is None else data)
+    rows = functools.cache(lambda: scene_data(pipe, SCENES, condition=condition) if data is None else data)
     def train_to(mark, folder):
         base, shape = copy.deepcopy(pipe.transformer), ('num_copies', 'entry', 'wiring')
         device = base.proj_out.weight.device
@@ -66,18 +67,21 @@ CAPTIONS = {'full': lambda caption: caption, 'none': lambda caption: ''}        
 ENDS = (('student', 4), ('teacher', 14))                                        # networks and their steps
 
 def held_out(
+    kit: Kit, # whose autoencoder gives the ceiling
     images: int, # N
     condition='edges',
     seed=101, # of the scenes; not one used in training
-) -> dict: # condition, captions, labels, given and renders (N, 3, 128, 128), ceiling (N,)
-    "Held-out scenes: their captions, their conditions and the score of their true renders."
-    scenes = [make(seed, i) for i in range(images)]
-    given = torch.stack([truth(s, condition) for s, _, _ in scenes])
-    renders = torch.stack([render(s)['image'] for s, _, _ in scenes])
-    labels = torch.stack([attributes(s, unsaid) for s, _, unsaid in scenes])
-    ceiling = scene_fidelity(given, renders, condition)
-    return {'condition': condition, 'captions': [c for _, c, _ in scenes], 'labels': labels, 'given': given,
-            'renders': renders, 'ceiling': ceiling}
+) -> dict: # condition, captions, labels, given, renders, decoded (N, 3, 128, 128); ceiling and redrawn (N,), scores
+    "Held-out scenes at full detail: their conditions, and the scores of decoded renders and of redrawn scenes."
+    made = [make(seed, i, level='full') for i in range(images)]
+    given = torch.stack([truth(s, condition) for s, _ in made])
+    renders = torch.stack([render(s)['image'] for s, _ in made])
+    others = torch.stack([render(redraw(s, c, random.Random(i)))['image'] for i, (s, c) in enumerate(made)])
+    decoded = reconstructed(kit.teacher.vae, renders)
+    ceiling, redrawn = (scene_fidelity(given, x, condition) for x in (decoded, others))
+    labels = torch.stack([attributes(s, c.unsaid, c.order) for s, c in made])
+    return {'condition': condition, 'captions': [c.text for _, c in made], 'labels': labels, 'given': given,
+            'renders': renders, 'decoded': decoded, 'ceiling': ceiling, 'redrawn': redrawn}
 
 # %% ../../nbs/evidence/control_runs.ipynb #6922c596
 def obey(
@@ -93,7 +97,9 @@ def obey(
     pipe = kit.student if network == 'student' else kit.teacher
     steered = replace(pipe, transformer=net.with_base(pipe.transformer))
     captions = [CAPTIONS[told](caption) for caption in paper['captions']]
-    return generate(steered, captions, steps, control=paper['given'], conditioning_scale=scale).cpu()
+    guided = {} if network == 'student' else {'guidance_scale': guidance_of(kit.student)}
+    options = {'control': paper['given'], 'conditioning_scale': scale, 'batch_size': 32}
+    return generate(steered, captions, steps, **guided, **options).cpu()
 
 # %% ../../nbs/evidence/control_runs.ipynb #085d135d
 def mean_fidelity(

@@ -21,7 +21,7 @@ def run_fig12(
     data=None, # D_z with control, see `control_snapshots`
     name='Transformer, N = 7', # of `RUNS`
     marks=MARKS, # training steps of the run
-    at=(0, 20, 60, 100, 200), # those that are shown
+    at=(0, 100, 300, 1000, 2000), # those that are shown
     shown=4, # scenes
     condition='edges',
     seed=101, # of the scenes
@@ -29,7 +29,7 @@ def run_fig12(
 ) -> dict:
     "Pictures of the teacher (14 steps, guided) under control at some of the marks of a run, after their condition."
     require(set(at) <= set(marks), lambda: f'at is {at}, but the run is looked at {marks} only: choose among these.')
-    paper, columns = held_out(shown, condition, seed), []
+    paper, columns = held_out(kit, shown, condition, seed), []
     for mark, net in control_snapshots(kit.teacher, data, run, marks, condition, seed=0, **RUNS[name], **settings):
         if mark in at: columns.append(obey(kit, net, paper, 'full', 'teacher', 14))
     scores = [mean_fidelity(scene_fidelity(paper['given'], c, condition)) for c in columns]
@@ -42,4 +42,4 @@ def tell_fig12(found: dict) -> str: # of `run_fig12`
     scores = ', '.join(f"{c}: {s['fidelity']:.2f}" for c, s in zip(found['columns'][1:], found['scores']))
     return f'F-score of the pictures shown, by training step: {scores}.'
 
-FIGURE = Figured('Control while training (Fig. 12)', run_fig12, draw_strip_of, tell_fig12, 200*16*4 + 5*4*40)
+FIGURE = Figured('Control while training (Fig. 12)', run_fig12, draw_strip_of, tell_fig12, 2000*16*4 + 5*4*40)

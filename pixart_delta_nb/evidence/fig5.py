@@ -45,13 +45,13 @@ def run_fig5(
     runs=tuple(RUNS), # names
     seeds=SEEDS, # of training; 0 where a run is not named
     marks=MARKS, # training steps
-    images=32, # held-out scenes
+    images=64, # held-out scenes
     condition='edges',
     seed=101, # of the scenes
     **settings # of `train_controlnet`
 ) -> dict:
     "Fidelity of every run at every mark, and of student and teacher at its end, on the same scenes."
-    paper, rows, floor = held_out(images, condition, seed), [], None
+    paper, rows, floor = held_out(kit, images, condition, seed), [], None
     for name, s in progress([(name, s) for name in runs for s in seeds.get(name, (0,))], desc='runs'):
         curve, folder = [], run_folder(run, name, s)
         own = RUNS[name] | settings
@@ -59,8 +59,9 @@ def run_fig5(
             if mark == 0: floor = floor or examine(kit, net, paper)             # before training every run is the base
             curve.append({'step': mark} | _glance(kit, net, paper))
         rows.append({'run': name, 'seed': s, **RUNS[name], 'curve': curve, 'final': examine(kit, net, paper)})
-    return {'images': images, 'settings': TRAINING | settings, 'ceiling': mean_fidelity(paper['ceiling']),
-            'floor': floor, 'rows': rows, 'seeds': {'scenes': seed, 'runs': {n: list(s) for n, s in seeds.items()}}}
+    levels = {'ceiling': mean_fidelity(paper['ceiling']), 'redrawn': mean_fidelity(paper['redrawn']), 'floor': floor}
+    return {'images': images, 'settings': TRAINING | settings, **levels, 'rows': rows,
+            'seeds': {'scenes': seed, 'runs': {n: list(s) for n, s in seeds.items()}}}
 
 # %% ../../nbs/evidence/fig5.ipynb #8d2c186f
 def _pick(scores, told, method, key='fidelity'):
@@ -85,7 +86,7 @@ def _panel(ax, found, told, title):
         for x, values in enumerate(ends(found, told, method).values()):
             ax.plot([x + .3*k - .15]*len(values), values, 'os'[k], color=PALETTE[k], label=method if x == 0 else None)
         ax.axhline(_pick(found['floor'], told, method), color=PALETTE[k], ls=':', label=f'{method}, no control')
-    ax.axhline(found['ceiling']['fidelity'], color='k', lw=1, label='true renders')
+    ax.axhline(found['ceiling']['fidelity'], color='k', lw=1, label='decoded renders')
     names = [name.replace(', ', '\n') for name in ends(found, told, 'student 4')]
     ax.set_xticks(range(len(names)), names, fontsize=7); ax.set(title=title)
 
@@ -122,4 +123,4 @@ def tell_fig5(found: dict) -> str: # of `run_fig5`
     return '; '.join(text) + '.'
 
 FIGURE = Figured('Copies and wirings of a ControlNet (Fig. 5)', run_fig5, draw_fig5, tell_fig5,
-                 10*(200*16*4 + 9*2*32*5 + 32*2*2*40))
+                 10*(2000*16*4 + 8*2*64*5 + 64*2*2*40))

@@ -29,7 +29,7 @@ def run_fig6(
     **settings # of `train_controlnet`
 ) -> dict:
     "Fidelity of every image at every mark without words, the student with 4 steps, and some of the pictures."
-    paper, values, columns = held_out(images, condition, seed), [], []
+    paper, values, columns = held_out(kit, images, condition, seed), [], []
     for _, net in control_snapshots(kit.teacher, data, run, marks, condition, seed=0, **RUNS[name], **settings):
         fake = obey(kit, net, paper, 'none')
         values.append([round(v, 4) for v in scene_fidelity(paper['given'], fake, condition).tolist()])
@@ -69,7 +69,7 @@ def draw_fig6(found: dict): # of `run_fig6`
     ax = above.subplots()
     for i in range(v.shape[1]): ax.plot(marks, v[:, i], color='.7', lw=.6, ls='-', marker='')
     ax.plot(marks, v.mean(1), color=PALETTE[0], ls='-', marker='o', label='mean')
-    ax.axhline(statistics.fmean(found['ceiling']), color='k', lw=1, label='true renders')
+    ax.axhline(statistics.fmean(found['ceiling']), color='k', lw=1, label='decoded renders')
     ax.set(xlabel='training step', ylabel='F-score'); ax.legend()
     _strip(below, found)
     return fig
@@ -85,4 +85,4 @@ def tell_fig6(found: dict) -> str: # of `run_fig6`
             f"the mean goes from {mean[0]:.3f} to {mean[-1]:.3f}, {mean.diff().max()/(mean[-1] - mean[0]):.0%} of it "
             f"between steps {found['marks'][i]} and {found['marks'][i + 1]}.")
 
-FIGURE = Figured('Sudden convergence (Fig. 6)', run_fig6, draw_fig6, tell_fig6, 200*16*4 + 9*32*5)
+FIGURE = Figured('Sudden convergence (Fig. 6)', run_fig6, draw_fig6, tell_fig6, 2000*16*4 + 8*32*5)

@@ -11,7 +11,8 @@ from .drawing import draw_strip_of, strip_of, tell_strip
 from .kit import Figured, Kit, Method, images_of, measured, prompts
 
 # %% ../../nbs/evidence/fig7.ipynb #e6257da3
-SHOWN = (Method('teacher', 14), Method('teacher', 4), *(Method('student', n) for n in (8, 4, 2, 1)))
+SHOWN = (Method('teacher', 14), Method('teacher', 4), *(Method('student', n) for n in (4, 2, 1)),
+         *(Method('undistilled', n) for n in (4, 2, 1)))
 
 @measured('7')
 def run_fig7(
@@ -28,4 +29,4 @@ def run_fig7(
     return strip_of(torch.stack(list(columns.values()), 1), texts, list(columns), seeds={'captions': seed})
 
 FIGURE = Figured('The same noise, fewer steps (Fig. 7)', run_fig7, draw_strip_of, tell_strip,
-                 4*(28 + 8 + 8 + 4 + 2 + 1 + 6))
+                 4*(28 + 8 + 2*(4 + 2 + 1) + 6))

@@ -9,7 +9,7 @@ __all__ = ['FIGURE', 'run_fig8']
 import dataclasses
 import torch
 from .drawing import draw_strip_of, strip_of, tell_strip
-from .kit import Figured, Kit, measured, prompts
+from .kit import Figured, Kit, guidance_of, measured, prompts
 from .runs import MARKS, WORKSHOP, snapshots
 from ..sampling import decode, sample_student
 
@@ -17,7 +17,7 @@ from ..sampling import decode, sample_student
 @measured('8')
 def run_fig8(
     kit: Kit,
-    run='runs/fig2/omega-3.5-4-0', # folder of the run
+    run=None, # folder of the run; None: of Figure 2, the student's ω, batch 12, seed 0
     data=None, # D_z, see `snapshots`
     marks=MARKS, # iterations shown
     captions=4, # rows
@@ -26,12 +26,13 @@ def run_fig8(
     **settings # of `snapshots`
 ) -> dict:
     "Few-step samples from the snapshots of one distillation run, which goes on from where it stopped."
-    texts, columns = prompts(seed, captions)[0], []
-    settings = {'seed': 0, 'omega': 3.5} | settings                             # the first run of `run_fig2`
+    omega = guidance_of(kit.student) - 1
+    settings = {'seed': 0, 'omega': omega, 'batch_size': 12} | settings         # the first run of `run_fig2`
+    texts, columns, run = prompts(seed, captions)[0], [], run or f'runs/fig2/omega-{omega}-12-0'
     for _, network in snapshots(kit.teacher, data, run, marks, **settings):
         pipe = dataclasses.replace(kit.student, transformer=network)
         columns.append(decode(pipe, sample_student(pipe, texts, steps)).cpu())
     about = {'seeds': {'captions': seed, 'run': settings['seed']}, 'settings': WORKSHOP | settings}
     return strip_of(torch.stack(columns, 1), texts, [str(m) for m in sorted(marks)], **about)
 
-FIGURE = Figured('Four steps while distilling (Fig. 8)', run_fig8, draw_strip_of, tell_strip, 4*60*6 + 5*4*4)
+FIGURE = Figured('Four steps while distilling (Fig. 8)', run_fig8, draw_strip_of, tell_strip, 12*3000*6 + 5*4*4)

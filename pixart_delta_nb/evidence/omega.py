@@ -7,17 +7,17 @@ __all__ = ['FIGURE', 'run_omega', 'draw_omega', 'tell_omega']
 
 # %% ../../nbs/evidence/omega.ipynb #760dbcda
 from .drawing import panels
-from .kit import Figured, Kit, exam, grade, measured
+from .kit import Figured, Kit, exam, grade, guidance_of, measured
 from ..sampling import decode, sample_teacher
 
 # %% ../../nbs/evidence/omega.ipynb #12d1a8dd
 @measured('omega')
 def run_omega(
     kit: Kit,
-    images=64, # captions
-    scales=(1., 2., 3., 4.5, 5.5, 7.5), # s = 1 + ω
+    images=256, # captions
+    scales=(1., 1.5, 2., 2.5, 3., 3.5, 4.5, 5.5), # s = 1 + ω
     steps=14, # of DPM-Solver++
-    seed=101, # of the captions
+    seed=201, # of the captions: scenes that no table uses
 ) -> dict:
     "Grades of the teacher for guidance scales s = 1 + ω."
     paper, rows = exam(images, seed), []
@@ -25,16 +25,18 @@ def run_omega(
         latents = sample_teacher(kit.teacher, paper['captions'], steps, s)
         row = {'scale': s, 'network': 'teacher', 'evaluations': latents.evaluations}
         rows.append(row | grade(kit, decode(kit.teacher, latents).cpu(), paper))
-    return {'images': images, 'steps': steps, 'rows': rows, 'seeds': {'captions': seed, 'renders': seed + 1}}
+    return {'images': images, 'steps': steps, 'rows': rows, 'chosen': guidance_of(kit.student),
+            'seeds': {'captions': seed, 'renders': seed + 1}}
 
 # %% ../../nbs/evidence/omega.ipynb #6b7e0296
 def draw_omega(found: dict): # of `run_omega`
-    "Quality against the guidance scale, with the report's two candidates."
+    "Quality against the guidance scale, with the report's two candidates and the student's choice."
     values = 'accuracy', 'frechet_imagenet', 'clip'
     fig = panels(found, values, 'scale', 'network', 'guidance scale s = 1 + ω')
     style = dict(rotation=90, fontsize=7, ha='right', va='bottom')
     for ax in fig.axes:
-        for s, text in ((4.5, 'ω = 3.5'), (5.5, 'ω = 4.5')):
+        for s, text in ((4.5, 'report, ω = 3.5'), (5.5, 'report, ω = 4.5'), (found.get('chosen', 0), 'student')):
+            if not s: continue
             ax.axvline(s, color='.6', lw=1, ls=':')
             ax.text(s, .03, text, transform=ax.get_xaxis_transform(), **style)
     return fig
@@ -48,7 +50,8 @@ def tell_omega(found: dict) -> str: # of `run_omega`
     if 'clip' in best: text += f", highest CLIP score at s = {max(rows, key=lambda r: r['clip'])['scale']:g}"
     low = best['intervals']['accuracy'][0]
     same = [f"{r['scale']:g}" for r in rows if r['intervals']['accuracy'][1] >= low and r is not best]
-    return text + (f"; by the intervals of the accuracy, s = {', '.join(same)} may be as good." if same
-                   else '; by those of the accuracy, every other scale is worse.')
+    text += (f"; by the intervals of the accuracy, s = {', '.join(same)} may be as good." if same
+             else '; by those of the accuracy, every other scale is worse.')
+    return text + (f" The student was distilled for s = {found['chosen']:g}." if 'chosen' in found else '')
 
-FIGURE = Figured("The teacher's best guidance", run_omega, draw_omega, tell_omega, 64*(14 + 5*28))
+FIGURE = Figured("The teacher's best guidance", run_omega, draw_omega, tell_omega, 256*(14 + 7*28))

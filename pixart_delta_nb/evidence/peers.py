@@ -9,7 +9,7 @@ __all__ = ['SOLVERS', 'NEVER', 'FIGURE', 'build_scheduler', 'sample_with', 'run_
 from ..consistency import guided_eps
 from ..core import require
 from .drawing import LABELS, panels
-from .kit import Figured, Kit, exam, grade, measured
+from .kit import Figured, Kit, exam, grade, guidance_of, measured
 from ..folders import diffusers_class
 from ..sampling import decode, sample_batches, sample_student
 from ..schedules import BETAS
@@ -60,15 +60,16 @@ def sample_with(
 @measured('peers')
 def run_peers(
     kit: Kit,
-    images=32, # captions
+    images=64, # captions
     calls=(1, 2, 4, 8, 14, 25), # guided calls of the teacher
     student_steps=(1, 2, 4, 8),
     solvers=tuple(SOLVERS),
-    guidance_scale=4.5, # s = 1 + ω, of the teacher
+    guidance_scale=None, # s = 1 + ω of the teacher; the student's if None
     seed=101, # of the captions
 ) -> dict:
     "Grades of the teacher by every solver at about `calls` guided calls, and of the student, with counted evaluations."
     paper, rows = exam(images, seed), []
+    guidance_scale = guidance_of(kit.student) if guidance_scale is None else guidance_scale
     def add(name, network, steps, latents, pipe):
         row = {'solver': name, 'network': network, 'steps': steps, 'evaluations': latents.evaluations}
         rows.append(row | grade(kit, decode(pipe, latents).cpu(), paper))
@@ -103,4 +104,4 @@ def tell_peers(found: dict) -> str: # of `run_peers`
     return ' '.join(text)
 
 # %% ../../nbs/evidence/peers.ipynb #913e4fae
-FIGURE = Figured('Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*54 + 2*49 + 15))
+FIGURE = Figured('Quality against evaluations', run_peers, draw_peers, tell_peers, 64*(4*2*54 + 2*49 + 15))
