@@ -203,3 +203,26 @@ def test_speed_is_timed_with_both_where_the_folder_has_one(model):
     for parts in found['methods'].values(): assert 0 < parts['decode_tiny'] < parts['whole_tiny']
     without = measure_speed(teacher, tiny_pipeline(omega=3.5), [CAPTION], tiny=None, **few)
     assert 'tiny_ratio' not in without and tell_decoders(without) == ''
+
+
+# What it costs
+
+def test_decibels_are_those_of_torchmetrics():
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+    from pixart_delta_nb.evidence.decoders import decibels
+    a, b = torch.rand(5, 3, 16, 16), torch.rand(5, 3, 16, 16)
+    wanted = peak_signal_noise_ratio(a, b, data_range=1., dim=(1, 2, 3), reduction='none')
+    assert abs(decibels(a, b).mean() - wanted.mean()) < 1e-4 and decibels(a, a).tolist() == [120.]*5
+
+
+def test_the_run_compares_equal_latents_and_says_so(made, tmp_path):
+    from pixart_delta_nb.evidence.decoders import run_decoders, tell_decoders_run
+    from pixart_delta_nb.evidence.kit import tiny_kit
+    kit = tiny_kit()
+    with pytest.raises(ValueError, match='no vae_tiny'): run_decoders(kit, images=2)
+    save_pipeline(kit.teacher, tmp_path/'model')
+    add_decoder(train_tiny(torch.randn(4, 4, 16, 16), kit.teacher.vae, tmp_path, **QUICK), tmp_path/'model')
+    kit.teacher = load_pipeline(tmp_path/'model')
+    found = json.loads(json.dumps(run_decoders(kit, images=2, steps=1, batch_sizes=(1, 2), repeats=1, shown=1)))
+    assert [r['decoder'] for r in found['rows']] == ['autoencoder', 'small decoder'] and set(found['seconds']) == {'1', '2'}
+    assert '2 pictures' in tell_decoders_run(found) and found['figure'] == 'decoders' and kit.student.decoder is None
