@@ -194,6 +194,7 @@ def attribute_accuracy(
     whole = {'overall': (right.sum()/said.sum()).item(), 'log_likelihood': (likely.sum()/said.sum()).item()}
     for name, score in {'interval': right, 'log_likelihood_interval': likely}.items():
         whole[name] = bootstrap_interval(score.sum(1), said.sum(1), draws, seed)
+    whole['whole picture'] = ((right > 0) == said).all(1).float().mean().item()
     return whole | _by_group(right, said, labels) | {'images': len(images)}
 
 # %% ../../nbs/evidence/judge.ipynb #a2b0705a
