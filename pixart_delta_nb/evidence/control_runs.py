@@ -7,7 +7,8 @@ __all__ = ['RUNS', 'SEEDS', 'MARKS', 'TRAINING', 'CAPTIONS', 'ENDS', 'run_folder
            'mean_fidelity']
 
 # %% ../../nbs/evidence/control_runs.ipynb #3ef3ba0c
-import copy, functools, random
+import copy, random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -15,12 +16,11 @@ from torch import Tensor
 from ..controlnet import ControlNetTransformer, load_controlnet, save_controlnet, train_controlnet
 from .distances import bootstrap_interval
 from .kit import Kit, guidance_of, reconstructed, walk
-from .runs import SCENES
+from .runs import latents_when_needed
 from ..latents import LatentDataset
 from ..sampling import generate
 from ..world.captions import make, redraw
 from ..world.raytracer import render
-from ..world.recipes import scene_data
 from ..world.truths import scene_fidelity, truth
 from ..world.words import attributes
 
@@ -43,7 +43,7 @@ def run_folder(
 # %% ../../nbs/evidence/control_runs.ipynb #46266d0d
 def control_snapshots(
     pipe, # of the teacher
-    data: LatentDataset | None, # with control; None makes it of `SCENES` when a mark has to be trained for
+    data: LatentDataset | Callable | None, # with control; as of `snapshots`
     out: str | Path, # folder of checkpoint and adapters
     marks=MARKS, # training steps
     condition='edges',
@@ -51,7 +51,7 @@ def control_snapshots(
 ):
     "Yields (step, ControlNetTransformer) of one training run at each mark; `ValueError` where `out` holds another run."
     settings = TRAINING | settings
-    rows = functools.cache(lambda: scene_data(pipe, SCENES, condition=condition) if data is None else data)
+    rows = latents_when_needed(pipe, data, condition)
     def train_to(mark, folder):
         base, shape = copy.deepcopy(pipe.transformer), ('num_copies', 'entry', 'wiring')
         device = base.proj_out.weight.device

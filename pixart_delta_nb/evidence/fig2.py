@@ -11,10 +11,9 @@ from pathlib import Path
 from ..core import progress
 from .distances import over_seeds
 from .kit import Figured, Kit, exam, grade, guidance_of, measured
-from .runs import MARKS, SCENES, WORKSHOP, snapshots
+from .runs import MARKS, SCENES, WORKSHOP, latents_when_needed, snapshots
 from ..plots import PALETTE, use_style
 from ..sampling import decode, sample_student
-from ..world.recipes import scene_data
 
 # %% ../../nbs/evidence/fig2.ipynb #3079b121
 BATCHES = {12: (0, 1, 2), 96: (0,)}                                             # batch size: seeds of its runs
@@ -48,7 +47,7 @@ def run_fig2(
     "Grades of few-step samples while distilling, a run for each batch size, variant of ω and seed."
     paper, rows, start = exam(images, seed), [], []
     variants = variants or variants_of(guidance_of(kit.student) - 1)
-    data = scene_data(kit.teacher, SCENES) if data is None else data
+    scenes, data = SCENES if data is None else len(data), latents_when_needed(kit.teacher, data)
     runs = [(size, name, s) for size, seeds in batches.items() for name in variants for s in seeds]
     for size, name, s in progress(runs, desc='runs'):
         own = variants[name]
@@ -60,7 +59,7 @@ def run_fig2(
             rows += [about | graded for graded in found]
     told = {k: v for k, v in (WORKSHOP | settings).items() if k != 'batch_size'}
     seeds = {f'runs of batch {size}': list(seeds) for size, seeds in batches.items()}
-    return {'images': images, 'scenes': len(data.z), 'settings': told, 'rows': rows,
+    return {'images': images, 'scenes': scenes, 'settings': told, 'rows': rows,
             'seeds': {'captions': seed, 'renders': seed + 1, **seeds}}
 
 # %% ../../nbs/evidence/fig2.ipynb #97757db3

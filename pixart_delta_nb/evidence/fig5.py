@@ -13,6 +13,7 @@ from .control_runs import CAPTIONS, ENDS, MARKS, RUNS, SEEDS, TRAINING, run_fold
 from .control_runs import control_snapshots, held_out, mean_fidelity, obey
 from .judge import attribute_accuracy
 from .kit import Figured, Kit, measured
+from .runs import latents_when_needed
 from ..plots import PALETTE, use_style
 from ..world.truths import scene_fidelity
 
@@ -52,6 +53,7 @@ def run_fig5(
 ) -> dict:
     "Fidelity of every run at every mark, and of student and teacher at its end, on the same scenes."
     paper, rows, floor = held_out(kit, images, condition, seed), [], None
+    data = latents_when_needed(kit.teacher, data, condition)
     for name, s in progress([(name, s) for name in runs for s in seeds.get(name, (0,))], desc='runs'):
         curve, folder = [], run_folder(run, name, s)
         own = RUNS[name] | settings

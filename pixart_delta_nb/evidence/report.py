@@ -15,6 +15,7 @@ from .drawing import save_figure
 from .figures import stored_figures
 from .kit import METHODS, open_kit, prompts
 from .results import draw_quality, draw_strip, measure, rows_of, tell_quality
+from .speed import tell_decoders
 
 # %% ../../nbs/evidence/report.ipynb #9a77b6a9
 def _picture(fig, title):
@@ -49,9 +50,10 @@ def tell_speed(
 ) -> str: # a sentence
     "The three ratios of the teacher with 14 steps to the student with 4."
     s = speed
-    return (f"Batch {s['batch']}: evaluations {s['evaluation_ratio']:.1f} to 1; "
+    told = (f"Batch {s['batch']}: evaluations {s['evaluation_ratio']:.1f} to 1; "
             f"denoising {s['denoising_ratio']:.2f} times, end to end {s['end_to_end_ratio']:.2f} times faster "
             'with the student at 4 steps.')
+    return f'{told} {tell_decoders(s)}'.strip()
 
 def _table(results):
     "The main table with its sentences."

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from .drawing import draw_strip_of, strip_of
 from .kit import Figured, Kit, exam, grade, measured
-from .runs import SCENES, WORKSHOP, snapshots
+from .runs import SCENES, WORKSHOP, latents_when_needed, snapshots
 from ..sampling import decode, sample_student
 from ..schedules import alpha_bar_from_betas, scaled_linear_betas
-from ..world.recipes import scene_data
 
 # %% ../../nbs/evidence/schedule.ipynb #60b89556
 def _students(kit, run, data, steps, tables, settings):
@@ -37,7 +36,7 @@ def run_schedule(
     **settings # of `snapshots`
 ) -> dict:
     "Grades of students distilled and sampled on the teacher's table and on Stable Diffusion's, with pictures."
-    data = scene_data(kit.teacher, SCENES) if data is None else data
+    scenes, data = SCENES if data is None else len(data), latents_when_needed(kit.teacher, data)
     paper, rows, columns, settings = exam(images, seed), [], [], {'seed': 0} | settings
     tables = {'linear': kit.teacher.alpha_bar, 'scaled linear': alpha_bar_from_betas(scaled_linear_betas())}
     students = _students(kit, run, data, steps, tables, settings).items()
@@ -50,7 +49,7 @@ def run_schedule(
         columns.append(drawn[:captions])
     labels = [f"{r['distilled']}\n{r['sampled']}" for r in rows]
     strip = strip_of(torch.stack(columns, 1), paper['captions'][:captions], labels)
-    return strip | {'rows': rows, 'images': images, 'steps': steps, 'scenes': len(data.z),
+    return strip | {'rows': rows, 'images': images, 'steps': steps, 'scenes': scenes,
                     'settings': WORKSHOP | settings,
                     'seeds': {'captions': seed, 'renders': seed + 1, 'runs': settings['seed']}}
 
