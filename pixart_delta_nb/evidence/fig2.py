@@ -10,7 +10,7 @@ import dataclasses, itertools, statistics
 from pathlib import Path
 from ..core import progress
 from .distances import over_seeds
-from .kit import Figured, Kit, exam, grade, guidance_of, measured
+from .kit import Figured, Kit, exam, grade, guidance_of, measured, omega_of
 from .runs import MARKS, SCENES, WORKSHOP, latents_when_needed, snapshots
 from ..plots import PALETTE, use_style
 from ..sampling import decode, sample_student
@@ -46,7 +46,7 @@ def run_fig2(
 ) -> dict:
     "Grades of few-step samples while distilling, a run for each batch size, variant of ω and seed."
     paper, rows, start = exam(images, seed), [], []
-    variants = variants or variants_of(guidance_of(kit.student) - 1)
+    variants = variants or variants_of(omega_of(kit.student))
     scenes, data = SCENES if data is None else len(data), latents_when_needed(kit.teacher, data)
     runs = [(size, name, s) for size, seeds in batches.items() for name in variants for s in seeds]
     for size, name, s in progress(runs, desc='runs'):

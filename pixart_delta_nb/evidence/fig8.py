@@ -9,7 +9,7 @@ __all__ = ['FIGURE', 'run_fig8']
 import dataclasses
 import torch
 from .drawing import draw_strip_of, strip_of, tell_strip
-from .kit import Figured, Kit, guidance_of, measured, prompts
+from .kit import Figured, Kit, measured, omega_of, prompts
 from .runs import MARKS, WORKSHOP, snapshots
 from ..sampling import decode, sample_student
 
@@ -26,7 +26,7 @@ def run_fig8(
     **settings # of `snapshots`
 ) -> dict:
     "Few-step samples from the snapshots of one distillation run, which goes on from where it stopped."
-    omega = guidance_of(kit.student) - 1
+    omega = omega_of(kit.student)
     settings = {'seed': 0, 'omega': omega, 'batch_size': 12} | settings         # the first run of `run_fig2`
     texts, columns, run = prompts(seed, captions)[0], [], run or f'runs/fig2/omega-{omega}-12-0'
     for _, network in snapshots(kit.teacher, data, run, marks, **settings):
