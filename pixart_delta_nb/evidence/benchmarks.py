@@ -107,7 +107,7 @@ def _arrangements(pipe, data, batch_size, repeats):
     "Median seconds and peak memory of the step here and in the usual arrangement, taken in turn; and the floor."
     student, target = copy.deepcopy(pipe.transformer).requires_grad_(True), copy.deepcopy(pipe.transformer)
     device, generator = next(student.parameters()).device, lambda: torch.Generator().manual_seed(0)
-    rows, texts = data.draw(batch_size, generator()).to(device), [make(0, i)[1] for i in range(batch_size)]
+    rows, texts = data.draw(batch_size, generator()).to(device), [make(0, i)[1].text for i in range(batch_size)]
     pictures, null = real_images(0, batch_size).to(device), null_caption(pipe.tokenizer, pipe.text_encoder)
     networks = student, target, pipe.transformer, rows, pipe.alpha_bar
     calls = {'here': lambda: lcd_step(*networks, generator=generator()),

@@ -130,7 +130,9 @@ def gains(
     own = [r for r in rows if r['steps'] == steps and r['batch'] == max(r['batch'] for r in rows)]
     own = sorted((r for r in own if (r['variant'], r['seed']) == (own[0]['variant'], own[0]['seed'])),
                  key=lambda r: r['iteration'])
-    start, end, found = next(r for r in own if r['iteration'] >= since), own[-1], {}
+    late = [r for r in own if r['iteration'] >= since]
+    if not late: return {}
+    start, end, found = late[0], late[-1], {}
     for name, sign in (('frechet_imagenet', -1), ('frechet', -1), ('clip', 1)):
         if name not in start: continue
         a, b = (r.get('intervals', {}).get(name) or [r[name], r[name]] for r in (start, end))
