@@ -9,7 +9,8 @@ from pixart_delta_nb.evidence.drawing import pack_images, unpack_images
 from pixart_delta_nb.evidence.fig3 import run_fig3
 from pixart_delta_nb.evidence.fig7 import run_fig7
 from pixart_delta_nb.evidence.figures import FIGURES, figure
-from pixart_delta_nb.evidence.kit import Method, stored, tiny_kit
+from pixart_delta_nb.evidence.figured import stored
+from pixart_delta_nb.evidence.kit import Method, tiny_kit
 from pixart_delta_nb.evidence.table1 import REPORT_SETTINGS
 from pixart_delta_nb.evidence.table2 import REPORT_SECONDS
 

@@ -7,7 +7,8 @@ import torch
 from pixart_delta_nb.evidence import fig3, fig8, figures, omega, report, results
 from pixart_delta_nb.evidence.distances import frechet_distance
 from pixart_delta_nb.evidence.figures import FIGURES
-from pixart_delta_nb.evidence.kit import Figured, exam, grade, tiny_kit
+from pixart_delta_nb.evidence.figured import Figured
+from pixart_delta_nb.evidence.kit import exam, grade, tiny_kit
 from pixart_delta_nb.world.recipes import scene_data
 
 

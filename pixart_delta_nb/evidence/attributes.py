@@ -9,7 +9,8 @@ __all__ = ['ROWS', 'COLUMNS', 'FIGURE', 'accuracy_table', 'table_lines', 'run_at
 from torch import nn
 from ..core import require
 from .judge import attribute_accuracy
-from .kit import Figured, Kit, Method, images_of, measured, prompts
+from .figured import Figured, measured
+from .kit import Kit, Method, images_of, prompts
 from ..plots import PALETTE, use_style
 
 # %% ../../nbs/evidence/attributes.ipynb #ae904cc3

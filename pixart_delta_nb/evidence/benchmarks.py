@@ -13,7 +13,8 @@ from torch import Tensor
 from ..consistency import consistency_function, guide, predict_eps
 from ..core import require
 from ..lcd import lcd_step, pseudo_huber
-from .kit import Figured, Kit, measured, prompts, real_images
+from .figured import Figured, measured
+from .kit import Kit, prompts, real_images
 from .speed import clock, peak_memory, seconds_of
 from ..latents import Batch
 from ..pipeline import to_diffusers

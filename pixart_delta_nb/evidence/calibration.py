@@ -11,7 +11,8 @@ import math
 import torch
 from ..core import progress
 from .judge import read_attributes
-from .kit import Figured, Kit, Method, measured
+from .figured import Figured, measured
+from .kit import Kit, Method
 from .redraws import over_captions, renders_given, samples_given, told, with_bounds
 from ..plots import PALETTE, use_style
 from ..sampling import decode, sample_teacher

@@ -11,7 +11,8 @@ import torch
 from ..core import progress
 from .distances import features_of, frechet_distance
 from .drawing import MARKERS
-from .kit import Figured, Kit, Method, measured, reconstructed
+from .figured import Figured, measured
+from .kit import Kit, Method, reconstructed
 from .redraws import (
     over_captions, renders_given, samples_given, told, with_bounds)
 from ..plots import PALETTE, use_style

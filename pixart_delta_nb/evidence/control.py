@@ -10,7 +10,8 @@ import itertools
 from ..conditions import MEASURES, closed_gap, edge_f_score
 from ..controlnet import ControlNetTransformer, load_controlnet
 from .control_runs import CAPTIONS, ENDS, held_out, mean_fidelity, obey
-from .kit import Figured, Kit, exam, grade, measured
+from .figured import Figured, measured
+from .kit import Kit, exam, grade
 from ..folders import shipped
 from ..plots import PALETTE, use_style
 from ..world.truths import scene_fidelity

@@ -10,7 +10,8 @@ __all__ = ['FIGURE', 'adapter_parameters', 'adapter_flops', 'example_inputs', 'm
 import statistics
 import torch
 from ..controlnet import ControlNetTransformer
-from .kit import Figured, Kit, measured
+from .figured import Figured, measured
+from .kit import Kit
 from .operations import block_flops, transformer_flops
 from .speed import seconds_of
 from ..plots import PALETTE, use_style

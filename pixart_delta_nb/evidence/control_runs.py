@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from ..controlnet import ControlNetTransformer, load_controlnet, save_controlnet, train_controlnet
 from .distances import bootstrap_interval
-from .kit import Kit, guidance_of, reconstructed, walk
+from .figured import walk
+from .kit import Kit, guidance_of, reconstructed
 from .runs import latents_when_needed
 from ..latents import LatentDataset
 from ..sampling import generate

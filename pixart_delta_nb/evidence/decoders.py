@@ -13,7 +13,8 @@ from ..core import require
 from ..sampling import decode
 from .distances import frechet_distance, with_interval
 from .drawing import draw_strip_of, strip_of
-from .kit import Figured, Kit, Method, exam, grade, measured, sample
+from .figured import Figured, measured
+from .kit import Kit, Method, exam, grade, sample
 from .speed import seconds_of, tiny_beside
 
 # %% ../../nbs/evidence/decoders.ipynb #f8f4bb6e

@@ -13,7 +13,8 @@ import torch
 from ..consistency import lcm_timesteps
 from ..core import progress
 from .distances import features_of, frechet_distance, with_interval
-from .kit import Figured, Kit, Method, images_of, measured, reconstructed
+from .figured import Figured, measured
+from .kit import Kit, Method, images_of, reconstructed
 from .redraws import latents_of, renders_given, told
 from ..plots import PALETTE, use_style
 from ..sampling import decode

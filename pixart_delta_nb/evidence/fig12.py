@@ -10,7 +10,8 @@ import torch
 from ..core import require
 from .control_runs import MARKS, RUNS, control_snapshots, held_out, mean_fidelity, obey
 from .drawing import draw_strip_of, strip_of
-from .kit import Figured, Kit, measured
+from .figured import Figured, measured
+from .kit import Kit
 from ..world.truths import scene_fidelity
 
 # %% ../../nbs/evidence/fig12.ipynb #8b96bf87

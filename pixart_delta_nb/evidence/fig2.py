@@ -10,7 +10,8 @@ import dataclasses, itertools, statistics
 from pathlib import Path
 from ..core import progress
 from .distances import over_seeds
-from .kit import Figured, Kit, exam, grade, guidance_of, measured, omega_of
+from .figured import Figured, measured
+from .kit import Kit, exam, grade, guidance_of, omega_of
 from .runs import MARKS, SCENES, WORKSHOP, latents_when_needed, snapshots
 from ..plots import PALETTE, use_style
 from ..sampling import decode, sample_student

@@ -8,7 +8,8 @@ __all__ = ['EVERY', 'FIGURE', 'run_fig3', 'draw_fig3', 'tell_fig3']
 # %% ../../nbs/evidence/fig3.ipynb #8efd5cd5
 from ..plots import PALETTE, use_style
 from ..schedules import alpha_bar_from_betas, linear_betas, log_snr, scaled_linear_betas
-from .kit import Figured, Kit, measured
+from .figured import Figured, measured
+from .kit import Kit
 
 # %% ../../nbs/evidence/fig3.ipynb #6f53bdd5
 EVERY = 37    # of 1,000 steps: 0, 37, … 999

@@ -12,7 +12,8 @@ from ..core import progress
 from .control_runs import CAPTIONS, ENDS, MARKS, RUNS, SEEDS, TRAINING, run_folder
 from .control_runs import control_snapshots, held_out, mean_fidelity, obey
 from .judge import attribute_accuracy
-from .kit import Figured, Kit, measured
+from .figured import Figured, measured
+from .kit import Kit
 from .runs import latents_when_needed
 from ..plots import PALETTE, use_style
 from ..world.truths import scene_fidelity

@@ -10,7 +10,8 @@ import statistics
 import torch
 from .control_runs import MARKS, RUNS, control_snapshots, held_out, obey
 from .drawing import strip_of, unpack_images
-from .kit import Figured, Kit, measured
+from .figured import Figured, measured
+from .kit import Kit
 from ..plots import PALETTE, shown_as_jpeg, use_style
 from ..world.truths import scene_fidelity
 

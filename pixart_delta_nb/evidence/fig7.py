@@ -8,7 +8,8 @@ __all__ = ['SHOWN', 'FIGURE', 'run_fig7']
 # %% ../../nbs/evidence/fig7.ipynb #29d18702
 import torch
 from .drawing import draw_strip_of, strip_of, tell_strip
-from .kit import Figured, Kit, Method, images_of, measured, prompts
+from .figured import Figured, measured
+from .kit import Kit, Method, images_of, prompts
 
 # %% ../../nbs/evidence/fig7.ipynb #e6257da3
 SHOWN = (Method('teacher', 14), Method('teacher', 4), *(Method('student', n) for n in (4, 2, 1)),

@@ -9,7 +9,8 @@ __all__ = ['FIGURE', 'run_fig8']
 import dataclasses
 import torch
 from .drawing import draw_strip_of, strip_of, tell_strip
-from .kit import Figured, Kit, measured, omega_of, prompts
+from .figured import Figured, measured
+from .kit import Kit, omega_of, prompts
 from .runs import MARKS, WORKSHOP, snapshots
 from ..sampling import decode, sample_student
 

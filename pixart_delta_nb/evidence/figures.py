@@ -11,7 +11,8 @@ from pathlib import Path
 from ..core import read_json, require, write_atomic
 from ..sampling import sample_teacher
 from .drawing import save_figure
-from .kit import Figured, Kit, open_kit
+from .figured import Figured
+from .kit import Kit, open_kit
 from .speed import seconds_of
 
 # %% ../../nbs/evidence/figures.ipynb #013febc4

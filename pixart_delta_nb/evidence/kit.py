@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'FEW', 'METHODS', 'Method', 'parse_methods', 'omega_of', 'guidance_of', 'sample', 'images_of', 'Kit',
-           'open_kit', 'tiny_kit', 'prompts', 'real_images', 'reconstructed', 'autoencoder_psnr', 'exam', 'grade',
-           'Figured', 'measured', 'walk', 'results_folder', 'stored']
+           'open_kit', 'tiny_kit', 'prompts', 'real_images', 'reconstructed', 'autoencoder_psnr', 'exam', 'grade']
 
 # %% ../../nbs/evidence/kit.ipynb #7ae60a24
-import functools, itertools, json, time
+import itertools
 from dataclasses import dataclass
-from pathlib import Path
-import pixart_delta_nb
 import torch
-from ..core import progress, read_json, require, write_atomic
-from ..provenance import provenance
+from ..core import progress, require
 from ..folders import shipped
 from ..lora import apply_lora
 from ..pipeline import load_pipeline, tiny_pipeline
@@ -223,61 +219,3 @@ def grade(
     for name, score in (_distances(kit, fake, paper) | _clip_scores(kit, fake, paper)).items():
         found[name], found['intervals'][name] = with_interval(score, len(fake))
     return found
-
-# %% ../../nbs/evidence/kit.ipynb #9fcdc8bc
-@dataclass(frozen=True)
-class Figured:
-    "A figure or table of the report: what it shows, how it is measured, drawn and put into words."
-    title: str
-    run: object         # (kit, **settings) -> dict, ready for JSON
-    draw: object        # that dict -> matplotlib figure
-    tell: object        # that dict -> sentences
-    evaluations: int    # of the network for one row, in the default run
-
-# %% ../../nbs/evidence/kit.ipynb #691ca036
-def measured(
-    name: str, # of the figure
-): # a decorator of `run(kit, ...)`
-    "Adds to the dict of a run its name and its provenance, with the seeds that the run names in 'seeds'."
-    def wrap(run):
-        @functools.wraps(run)
-        def timed(kit, *args, **settings):
-            started = time.time()
-            found = run(kit, *args, **settings)
-            origin = provenance(f'{run.__name__}(kit)', found.get('seeds', {}), started)
-            return found | {'figure': name, 'provenance': origin}
-        return timed
-    return wrap
-
-# %% ../../nbs/evidence/kit.ipynb #88bcc7e9
-def walk(
-    out: str | Path, # folder of the run
-    marks: tuple, # steps to stop at
-    settings: dict, # of the run; JSON
-    train_to, # (mark, folder) -> None: writes the folder of a mark, config.json last
-    load, # folder of a mark -> what is yielded
-): # yields (mark, loaded)
-    "The marks of a run, trained for only where they are missing; `ValueError` where `out` holds another run."
-    out, note = Path(out), json.loads(json.dumps({'steps': max(marks), **settings}))
-    require(not (out/'run.json').is_file() or read_json(out/'run.json') == note,
-            lambda: f'{out} holds a run with other settings; a run keeps its settings, '
-                    'so choose another folder or remove it.')
-    write_atomic(out/'run.json', lambda path: path.write_text(json.dumps(note)))
-    for mark in sorted(marks):
-        folder = out/f'{mark:06d}'
-        if not (folder/'config.json').is_file(): train_to(mark, folder)
-        yield mark, load(folder)
-
-# %% ../../nbs/evidence/kit.ipynb #8066a8ae
-def results_folder() -> Path:
-    "Where this checkout keeps its results."
-    return Path(pixart_delta_nb.__file__).parent.parent/'results'
-
-def stored(
-    name: str, # of a results file, such as fig2
-    folder: str | Path | None = None, # of results; None: that of this checkout
-) -> dict | None: # its numbers; None, and a line that says so, where the run has not been made
-    "The numbers of a stored run."
-    path = Path(folder or results_folder())/f'{name}.json'
-    if path.is_file(): return read_json(path)
-    print(f'results/{path.name} has not been made yet')

@@ -9,7 +9,8 @@ __all__ = ['FIGURE', 'run_lora', 'draw_lora', 'overlapping', 'tell_lora']
 import itertools
 from ..core import require
 from .drawing import panels
-from .kit import Figured, Kit, Method, exam, grade, images_of, measured
+from .figured import Figured, measured
+from .kit import Kit, Method, exam, grade, images_of
 
 # %% ../../nbs/evidence/lora.ipynb #a1a72092
 @measured('lora')

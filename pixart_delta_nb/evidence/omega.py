@@ -7,7 +7,8 @@ __all__ = ['FIGURE', 'run_omega', 'draw_omega', 'tell_omega']
 
 # %% ../../nbs/evidence/omega.ipynb #760dbcda
 from .drawing import panels
-from .kit import Figured, Kit, exam, grade, guidance_of, measured
+from .figured import Figured, measured
+from .kit import Kit, exam, grade, guidance_of
 from ..sampling import decode, sample_teacher
 
 # %% ../../nbs/evidence/omega.ipynb #12d1a8dd

@@ -9,7 +9,8 @@ __all__ = ['SOLVERS', 'NEVER', 'FIGURE', 'build_scheduler', 'sample_with', 'run_
 from ..consistency import guided_eps
 from ..core import require
 from .drawing import LABELS, panels
-from .kit import Figured, Kit, exam, grade, guidance_of, measured
+from .figured import Figured, measured
+from .kit import Kit, exam, grade, guidance_of
 from ..folders import diffusers_class
 from ..sampling import decode, sample_batches, sample_student
 from ..schedules import BETAS

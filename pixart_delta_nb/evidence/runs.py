@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from ..lcd import embed_guidance, lcd_train
-from .kit import walk
+from .figured import walk
 from ..latents import LatentDataset
 from ..optimisers import bfloat16_products
 from ..transformer import PixArtTransformer

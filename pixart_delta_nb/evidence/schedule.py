@@ -10,7 +10,8 @@ import dataclasses, itertools
 from pathlib import Path
 import torch
 from .drawing import draw_strip_of, strip_of
-from .kit import Figured, Kit, exam, grade, measured
+from .figured import Figured, measured
+from .kit import Kit, exam, grade
 from .runs import SCENES, WORKSHOP, latents_when_needed, snapshots
 from ..sampling import decode, sample_student
 from ..schedules import alpha_bar_from_betas, scaled_linear_betas

@@ -10,7 +10,8 @@ import copy
 import torch
 from ..lcd import lcd_step
 from .drawing import table_cells
-from .kit import Figured, Kit, measured
+from .figured import Figured, measured
+from .kit import Kit
 from .speed import peak_memory
 from ..optimisers import adamw
 from ..world.recipes import scene_data

@@ -9,7 +9,8 @@ __all__ = ['REPORT_SECONDS', 'FEWER', 'FIGURE', 'fit_cost', 'run_table2', 'rows_
 # %% ../../nbs/evidence/table2.ipynb #8e3c27da
 from ..core import require
 from .drawing import table_cells
-from .kit import Figured, Kit, Method, measured, prompts
+from .figured import Figured, measured
+from .kit import Kit, Method, prompts
 from .speed import measure_speed
 from ..plots import PALETTE, use_style
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core import read_json
 from .fig2 import gains
 from .fig5 import ends
-from .kit import results_folder
+from .figured import results_folder
 from .schedule import wrong_tables
 
 # %% ../../nbs/evidence/targets.ipynb #00250a54
