@@ -157,3 +157,9 @@ def test_page_holds_every_stored_figure_and_asks_for_nothing_outside(tmp_path):
 def test_reproduce_refuses_a_single_image_before_it_measures(tmp_path):
     with pytest.raises(ValueError, match='needs at least 2'): report.reproduce(tmp_path/'out', images=1)
     assert not (tmp_path/'out').exists()
+
+
+def test_the_page_of_results_is_the_one_that_the_package_writes():
+    from pathlib import Path
+    folder = Path(__file__).parent.parent/'results'
+    assert (folder/'README.md').read_text(encoding='utf-8') == figures.results_page(folder)

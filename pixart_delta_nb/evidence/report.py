@@ -16,6 +16,7 @@ from .figures import stored_figures
 from .kit import METHODS, open_kit, prompts
 from .results import draw_quality, draw_strip, measure, rows_of, tell_quality
 from .speed import tell_decoders
+from .targets import marks_of, tell_marks
 
 # %% ../../nbs/evidence/report.ipynb #9a77b6a9
 def _picture(fig, title):
@@ -71,12 +72,14 @@ def report_html(
     results: dict, # of `measure`, with its provenance
     drawn: dict, # title -> matplotlib figure, shown after the table
     stored: list, # (Figured, numbers), of `stored_figures`
+    marks: str = '', # of `tell_marks`
 ) -> str: # a whole page that asks for nothing outside
     "One self-contained page."
     origin = html.escape(json.dumps(results['provenance'], indent=1))
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><title>pixart_delta_nb</title>'
             f'<style>{STYLE}</style><h1>Four steps against fourteen</h1>{_table(results)}'
             + ''.join(_picture(fig, title) for title, fig in drawn.items())
+            + (f'<h2>What must be reached</h2><pre>{html.escape(marks)}</pre>' if marks else '')
             + f'{_figures(stored)}<h2>Provenance</h2><pre>{origin}</pre></html>')
 
 # %% ../../nbs/evidence/report.ipynb #caecf875
@@ -107,7 +110,8 @@ def reproduce(
     save_figure(strip, out/'strip', pictures=True)
     save_figure(quality, out/'quality', pictures=False)
     drawn = {'Same noise, fewer steps': strip, 'Quality against evaluations': quality}
-    page = report_html(results, drawn, stored_figures(stored) if stored else [])
     write_atomic(out/'results.json', lambda p: p.write_text(json.dumps(results, indent=1)))
+    marks = tell_marks(marks_of(stored)) if stored else ''
+    page = report_html(results, drawn, stored_figures(stored) if stored else [], marks)
     write_atomic(out/'report.html', lambda p: p.write_text(page, encoding='utf-8'))
     return results
