@@ -11,7 +11,6 @@ import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Sequence
-
 import torch
 
 from .core import as_dtype, read_json, require, write_atomic
@@ -158,6 +157,7 @@ def with_decoder(
             lambda: f'the decoder in {folder} was distilled from another autoencoder than that of {home}, and would '
                     'make noise of its latents: distil one from this, with train_tiny.')
     tiny.facts = {k: v for k, v in facts.items() if k != 'sha256'}
+    for part in (m for m in tiny.modules() if isinstance(m, torch.nn.ReLU)): part.inplace = True      # a tenth faster
     return replace(pipe, decoder=tiny)
 
 # %% ../nbs/07d_pipeline.ipynb #c464f6e2

@@ -17,7 +17,7 @@ from .pipeline import save_decoder
 from .training import optimise, set_rates
 
 # %% ../nbs/09a_tiny_decoder.ipynb #cbc5f86a
-SHAPE = {'decoder_block_out_channels': (16,)*4, 'num_decoder_blocks': (6, 6, 3, 0),
+SHAPE = {'decoder_block_out_channels': (16,)*4, 'num_decoder_blocks': (4, 4, 3, 0),
          'encoder_block_out_channels': (4,)*4, 'num_encoder_blocks': (0,)*4}
 
 def build_tiny(
