@@ -148,11 +148,11 @@ def distill(pipeline: Teacher = 'runs/teacher/pipeline', latents: Latents = Path
     typer.echo(made)
 
 # %% ../nbs/16_cli.ipynb #287f4107
-Kind = option(str | None, 'edges, hard, depth or segmentation; that of D_z if not given.', '--condition')
+Kind = option(str | None, 'edges, hard, outlines, depth or segmentation; that of D_z if not given.', '--condition')
 Copies = option(int, 'Blocks to copy, N.')
 Entry = option(str, 'report or released.')
 Wiring = option(str, 'transformer or unet.')
-Shown = option(Path | None, 'Folder of `render` behind D_z, whose scenes give the condition.', '--data')
+Shown = option(Path | None, 'Folder of pictures behind D_z, which give the condition.', '--data')
 
 @command
 def train_controlnet(pipeline: Teacher = 'runs/teacher/pipeline',
@@ -163,13 +163,10 @@ def train_controlnet(pipeline: Teacher = 'runs/teacher/pipeline',
     "Train a ControlNet around a frozen teacher; writes OUT/controlnet."
     check_writable(out)
     from pixart_delta_nb import stages
-    pictures = None
-    if data:
-        from pixart_delta_nb.world.recipes import condition_pictures
-        pictures = condition_pictures(data, condition or 'edges')
+    from pixart_delta_nb.world.recipes import condition_pictures
+    pictures = data and condition_pictures(data, condition or 'edges')
     options = dict(entry=entry, wiring=wiring, batch_size=batch_size, resume=resume, bf16=bf16, log=log_to(tensorboard))
-    made = stages.train_control(pipeline, latents, out, pictures, condition, steps, copies, device, **options)
-    typer.echo(made)
+    typer.echo(stages.train_control(pipeline, latents, out, pictures, condition, steps, copies, device, **options))
 
 # %% ../nbs/16_cli.ipynb #77f6214f
 Data = option(Path, 'Folder of `render`, or of captioned pictures.')
@@ -184,24 +181,24 @@ def render(out: Folder = Path('data/scenes'), count: Scenes = 20_000, seed: Seed
     typer.echo(f'{render_scenes(out, count, seed)}: {count} scenes')
 
 @command
-def train_vae(data: Data = Path('data/scenes'), out: Folder = Path('runs/vae'), steps: Steps = 3000,
+def train_vae(data: Data = Path('data/scenes'), out: Folder = Path('runs/vae'), steps: Steps = 5000,
               resume: Resume = False, device: Device = 'cpu', bf16: Bf16 = False, tensorboard: TensorBoard = None,
               decoder_of: DecoderOf = None):
     "Train the autoencoder."
     check_writable(out)
     from pixart_delta_nb.world.recipes import make_vae
-    options = dict(resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
-    typer.echo(make_vae(data, out, steps, decoder_of, **options))
+    typer.echo(make_vae(data, out, steps, decoder_of, resume=resume, device=device, bf16=bf16, log=log_to(tensorboard)))
 
 # %% ../nbs/16_cli.ipynb #52ac6cbd
 @command
-def train_text(data: Data = Path('data/scenes'), out: Folder = Path('runs/text'), steps: Steps = 400,
-               resume: Resume = False):
-    "Train the tokenizer and the text encoder; they learn to name what a caption says."
+def train_text(out: Folder = Path('runs/text'), steps: Steps = 3000, resume: Resume = False, device: Device = 'cpu',
+               bf16: Bf16 = False, tensorboard: TensorBoard = None):
+    "Train the tokenizer and the text encoder on fresh captions; they learn to name what a caption says."
     check_writable(out)
     from pixart_delta_nb.world.recipes import make_text_encoder
-    accuracy = make_text_encoder(data, out, steps, resume=resume)
-    typer.echo(f'{out}: names {accuracy:.4f} of the attributes of held-out captions')
+    found = make_text_encoder(out, steps, resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
+    seen, new = (scores['said'] for scores in found.values())
+    typer.echo(f'{out}: names {seen:.3f} of what captions say, {new:.3f} where their phrasing is new')
 
 Vae = option(Path, 'Folder of train-vae.')
 Text = option(Path, 'Folder of train-text.')
@@ -209,7 +206,7 @@ Start = option(Path | None, 'Transformer folder to go on from; a new one if not 
 
 @command
 def train_teacher(data: Data = Path('data/scenes'), vae: Vae = Path('runs/vae'), text: Text = Path('runs/text'),
-                  out: Folder = Path('runs/teacher'), steps: Steps = 3000, start: Start = None, resume: Resume = False,
+                  out: Folder = Path('runs/teacher'), steps: Steps = 10_000, start: Start = None, resume: Resume = False,
                   device: Device = 'cpu', bf16: Bf16 = False, tensorboard: TensorBoard = None):
     "Train the guided diffusion transformer; writes OUT/pipeline, which stock diffusers opens."
     check_writable(out)

@@ -187,10 +187,11 @@ def test_latents_of_another_model_are_refused(own, tmp_path, capsys):
 
 @pytest.fixture
 def small(monkeypatch):
-    "The world's stages on eight scenes: two captions held out, eight rows a step of the teacher."
+    "The world's stages on eight scenes: a tokenizer of few captions, scores of few, eight rows a step of the teacher."
     from pixart_delta_nb import teacher
     from pixart_delta_nb.world import recipes
-    monkeypatch.setattr(recipes, 'train_text_encoder', functools.partial(recipes.train_text_encoder, held_out=2))
+    monkeypatch.setattr(recipes, 'train_text_encoder', functools.partial(recipes.train_text_encoder, vocabulary=500, batch_size=4))
+    monkeypatch.setattr(recipes, 'score_text', functools.partial(recipes.score_text, count=20))
     monkeypatch.setattr(teacher, 'train_teacher', functools.partial(teacher.train_teacher, batch_size=8))
 
 

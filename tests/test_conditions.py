@@ -8,10 +8,10 @@ from PIL import Image
 
 from pixart_delta_nb.conditions import (blur, closed_gap, depth_error, edge_f_score, extract, fidelity,
     gradient, hard_edges, load_picture, mask_iou, soft_edges)
+from pixart_delta_nb.world.captions import make
 from pixart_delta_nb.world.raytracer import render
-from pixart_delta_nb.world.words import Scene, Thing
 
-SCENE = Scene('centre', [Thing('sphere', 'red', 'large', 0., 0., 0.)], 'grass', 'clear')
+SCENE = make('conditions', 0)[0]
 
 
 def lines(*columns, n=40):

@@ -17,6 +17,7 @@ from ..optimisers import bfloat16_products, optimisers, warm_constant_decay
 from ..text import build_tokenizer, encode_captions, token_ids
 from ..training import train
 from .captions import make
+from .phrases import known_words
 from .words import ATTRIBUTES, attributes
 
 # %% ../../nbs/world/language.ipynb #ca90ee36
@@ -104,7 +105,7 @@ def train_text_encoder(
     batch_size=32, # captions a step
     seed=0, # of weights and captions
     position_lr=5e-2, # of T5's relative bias
-    vocabulary=20_000, # captions whose words the tokenizer knows
+    vocabulary=20_000, # captions that tell how frequent each word is
     encoder: dict | None = None, # overrides of SHAPE
     device='cpu', # where it runs
     bf16=False, # products in bfloat16
@@ -113,7 +114,7 @@ def train_text_encoder(
     "Train tokenizer and text encoder to name what fresh captions say; `ValueError` for a vocabulary of nothing."
     require(vocabulary > 0, lambda: f'vocabulary is {vocabulary}, but it counts captions: pass 1 or more.')
     seed_everything(seed)
-    tokenizer = build_tokenizer([c.text for c in told('words', 0, vocabulary)[0]])
+    tokenizer = build_tokenizer([c.text for c in told('words', 0, vocabulary)[0]] + [' '.join(sorted(known_words()))])
     text_encoder = build_text_encoder(len(tokenizer), **encoder or {}).train().to(device)
     reader = Reader(text_encoder.config.d_model, SIZES).to(device)
     def step_fn(step, steps):

@@ -88,7 +88,7 @@ def open_scenes(
 
 # %% ../../nbs/world/recipes.ipynb #e4c2bab4
 class Marked(torch.utils.data.Dataset):
-    "Rendered pictures with marks: {'image': (4, H, W)}, the fourth channel 1 on things and two pixels around, 0 elsewhere."
+    "Rendered pictures {'image': (4, H, W)}, whose fourth channel is 1 on things and two pixels around, 0 elsewhere."
     def __init__(self, scenes: Scenes): self.scenes = scenes
 
     def __len__(self): return len(self.scenes)

@@ -28,7 +28,7 @@ def truth(
     condition: str, # one of CONDITIONS
     size: int = 128, # pixels
 ) -> Tensor: # (3, size, size) in [-1, 1]
-    "The condition of a scene: edges as its picture shows them, the rest exact up to the pixel grid; `ValueError` for another name."
+    "A scene's condition: edges as its picture shows them, else exact up to the pixel grid; `ValueError` for another name."
     check_condition(condition)
     if condition in SEEN: return extract(render(scene, size)['image'].clamp(0, 1)[None], condition)[0]
     return as_picture(_known(scene, condition, size)[None])[0]
@@ -40,5 +40,5 @@ def scene_fidelity(
     condition: str, # edges, hard or hed
     **options # of its measure: tolerance
 ) -> Tensor: # (B,), as of `conditions.fidelity`
-    "How well pictures follow a condition that can be read off them; `ValueError` for one that only the ray tracer knows."
+    "How well pictures follow a condition that is read off them; `ValueError` for one that only the ray tracer knows."
     return fidelity(given, images, condition, **options)
