@@ -196,8 +196,7 @@ def train_text(out: Folder = Path('runs/text'), steps: Steps = 3000, resume: Res
     "Train the tokenizer and the text encoder on fresh captions; they learn to name what a caption says."
     check_writable(out)
     from pixart_delta_nb.world.recipes import make_text_encoder
-    found = make_text_encoder(out, steps, resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
-    seen, new = (scores['said'] for scores in found.values())
+    seen, new = make_text_encoder(out, steps, resume=resume, device=device, bf16=bf16, log=log_to(tensorboard))
     typer.echo(f'{out}: names {seen:.3f} of what captions say, {new:.3f} where their phrasing is new')
 
 Vae = option(Path, 'Folder of train-vae.')
@@ -246,7 +245,7 @@ Public = option(bool, 'FID and KID with Inception, and the CLIP of the literatur
 @command
 def evaluate(teacher: TeacherFolder = None, student: StudentFolder = None, out: Folder = Path('out/evaluate'),
              images: Images = 2048, public: Public = False, device: Device = 'cpu',
-             methods: option(str, 'What to compare.') = 'teacher 14, teacher 4, student 4, student 2, student 1'):
+             methods: option(str, 'What to compare, such as "teacher 14, student 4"; or all.') = 'all'):
     "The measurements of `reproduce` on any teacher and student, with as many images as a score to quote needs."
     check_writable(out)
     from pixart_delta_nb.evidence import kit, report, results

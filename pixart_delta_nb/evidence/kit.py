@@ -41,9 +41,10 @@ METHODS = tuple(Method(*row) for row in (('teacher', 14), ('teacher', 4), *itert
 
 # %% ../../nbs/evidence/kit.ipynb #6e29df19
 def parse_methods(
-    text: str, # such as 'teacher 14, student 4'
+    text: str, # such as 'teacher 14, student 4'; 'all' for `METHODS`
 ) -> tuple: # of `Method`
     "Methods of a text; `ValueError` on anything else than a network and a number of steps."
+    if text == 'all': return METHODS
     found = [part.split() for part in text.split(',')]
     require(all(len(f) == 2 and f[0] in NETWORKS and f[1].isdigit() for f in found),
             lambda: f'the methods are {text!r}, but each must be teacher, student or undistilled and a number of steps:'
@@ -153,7 +154,7 @@ def prompts(
 
 def real_images(seed: int, count: int) -> torch.Tensor: # (count, 3, 128, 128) in [0, 1]
     "Renders of scenes 0 … count-1 of data set `seed` to compare with."
-    return render_many(seed, count, workers=1).float()/255
+    return render_many(seed, count).float()/255
 
 # %% ../../nbs/evidence/kit.ipynb #1e66324c
 @torch.no_grad()
