@@ -102,6 +102,8 @@ def tell_control_cost(found: dict) -> str: # of `run_control_cost`
     "The ratio at each N beside the predicted one."
     ratios = [f"{r['measured']:.2f} times as long with N = {r['num_copies']} ({r['predicted']:.2f} by operations, "
               f"{r['parameters']/1e6:.2f} M parameters)" for r in found['rows']]
-    return f"An evaluation takes {', '.join(ratios)}. Evaluations added: none."
+    apart = max(abs(r['measured'] - r['predicted']) for r in found['rows'])
+    return (f"An evaluation takes {', '.join(ratios)}. Clock and count are {apart:.2f} apart at most. "
+            'Evaluations added: none.')
 
 FIGURE = Figured('What a copy costs', run_control_cost, draw_control_cost, tell_control_cost, 8*8*5*3)
