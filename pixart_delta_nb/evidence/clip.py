@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'spoken', 'Clip', 'build_clip', 'contrastive_loss', 'retrieval_accuracy', 'save_clip', 'load_clip',
-           'clip_score']
+           'clip_score', 'pair_scores']
 
 # %% ../../nbs/evidence/clip.ipynb #d5897c37
 import json, re
@@ -168,3 +168,18 @@ def clip_score(
     for i in range(0, len(images), batch_size):
         metric.update(unit_range(images[i:i + batch_size]).to(device), list(captions[i:i + batch_size]))
     return metric.compute().item()
+
+# %% ../../nbs/evidence/clip.ipynb #d7727d1f
+@torch.no_grad()
+def pair_scores(
+    images: torch.Tensor, # (N, 3, H, W), uint8 or floats in [0, 1]
+    captions: list, # N strings
+    clip: Clip, # of `load_clip` or `public_clip`
+    batch_size: int = 50, # pairs at once
+) -> torch.Tensor: # (N,) on the CPU, between -100 and 100
+    "100 cosines of pictures and their captions: their mean is equation (2), where it is positive."
+    device, out = clip.model.device, []
+    for i in range(0, len(images), batch_size):
+        u = clip.embed_images(unit_range(images[i:i + batch_size]).to(device))  # (B, P)
+        out.append(100*(u*clip.embed_captions(list(captions[i:i + batch_size]))).sum(1).cpu())
+    return torch.cat(out)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'unit_range', 'features_of', 'frechet_distance', 'ImageNetFeatures', 'imagenet_features', 'kernel_distance',
-           'bootstrap_interval', 'over_seeds', 'with_interval']
+           'bootstrap_interval', 'over_seeds', 'with_interval', 'leaving_out']
 
 # %% ../../nbs/evidence/distances.ipynb #8df40002
 import math, warnings
@@ -68,14 +68,14 @@ def frechet_distance(
 class ImageNetFeatures(nn.Module):
     "EfficientNet-Lite0 without its classifier: images (B, 3, H, W) in [0, 1] to (B, 1280)."
     num_features = 1280
-    def __init__(self, network):
+    def __init__(self, network, side=224):
         super().__init__()
-        self.network = network.eval()
+        self.network, self.side = network.eval(), side
 
     def prepare(self, images): # (B, 3, H, W) in [0, 1]
-        "What the network was trained on: 224 pixels, (byte - 127)/128."
-        images = F.interpolate(images, size=(224, 224), mode='bicubic', antialias=True)
-        return (images*255 - 127)/128                                           # (B, 3, 224, 224)
+        "What the network was trained on: `side` pixels, of which it saw 224, (byte - 127)/128."
+        images = F.interpolate(images, size=(self.side, self.side), mode='bicubic', antialias=True)
+        return (images*255 - 127)/128                                           # (B, 3, side, side)
 
     def forward(self, images): # (B, 3, H, W) in [0, 1]
         "Features, averaged over positions."
@@ -158,3 +158,16 @@ def with_interval(
     if count < 2*GROUPS: return whole, None
     low, high = over_seeds(lambda g: score(slice(g, count//GROUPS*GROUPS, GROUPS)), range(GROUPS))['interval']
     return whole, [whole - (high - low)/2, whole + (high - low)/2]
+
+# %% ../../nbs/evidence/distances.ipynb #e9a89471
+def leaving_out(
+    score, # indices of pictures (n,), or slice -> number
+    count: int, # pictures
+) -> tuple: # the score of all, and the interval [low, high] of equation (7), None below two pictures a group
+    "A score and how sure it is, from what it is without each of eight groups of the pictures."
+    from scipy import stats
+    whole, group = score(slice(None)), torch.arange(count) % GROUPS
+    if count < 2*GROUPS: return whole, None
+    values = torch.tensor([score((group != g).nonzero()[:, 0]) for g in range(GROUPS)], dtype=torch.float64)
+    half = stats.t.ppf(.975, GROUPS - 1)*((GROUPS - 1)*values.var(correction=0)).sqrt().item()
+    return whole, [whole - half, whole + half]

@@ -174,7 +174,9 @@ def _by_group(right, said, labels):
     ratio = lambda r, s: (r.sum()/s.sum()).item()
     columns = {kind: [a for a, other in enumerate(KIND_OF) if other == kind] for kind in dict.fromkeys(KIND_OF)}
     count = labels[:, KIND_OF.index('count')] + 1
-    return {'category': {kind: ratio(right[:, a], said[:, a]) for kind, a in columns.items() if said[:, a].any()},
+    kinds = {kind: (right[:, a], said[:, a]) for kind, a in columns.items() if said[:, a].any()}
+    return {'category': {kind: ratio(*both) for kind, both in kinds.items()},
+            'category_interval': {kind: bootstrap_interval(r.sum(1), s.sum(1)) for kind, (r, s) in kinds.items()},
             'objects': {str(n): ratio(right[count == n], said[count == n]) for n in count.unique().tolist() if n}}
 
 def attribute_accuracy(
@@ -183,7 +185,7 @@ def attribute_accuracy(
     labels: torch.Tensor, # (N, A) class indices, -1 where unsaid or absent
     draws: int = 1000, # bootstrap draws
     seed: int = 0, # of the bootstrap
-) -> dict: # overall, interval, log_likelihood, its interval, category, objects, images: ready for JSON
+) -> dict: # overall, whole picture, log_likelihood and intervals; category, objects, images: ready for JSON
     "Share of mentioned attributes that the evaluator finds (1, 2), overall and by group, and their log-likelihood (3)."
     _check_labels(labels, images)
     said = labels >= 0                                                          # (N, A)

@@ -18,9 +18,10 @@ from ..sampling import decode, sample_student, sample_teacher
 from ..world.scenes import render_many
 from ..world.captions import make
 from ..world.words import attributes
-from .clip import clip_score, load_clip
-from .distances import features_of, frechet_distance, imagenet_features, kernel_distance, with_interval
-from .judge import Evaluator, attribute_accuracy, load_evaluator
+from .clip import load_clip
+from .distances import imagenet_features
+from .judge import Evaluator, chance_accuracy, load_evaluator
+from .scores import all_scores
 from .public import inception_features, public_clip
 
 # %% ../../nbs/evidence/kit.ipynb #d2f49651
@@ -184,29 +185,14 @@ def exam(
     seed: int = 101, # data set of the captions; seed + 1 gives the renders
     level: str | None = 'full', # of detail, as of `prompts`
     split: str = 'train', # likewise
-) -> dict: # captions, labels, real; and the renders' features, as they are needed
+) -> dict: # captions, labels, real, real_labels, chance; reconstructed and features, as they are needed
     "Captions, their attributes, and other renders to compare with; `ValueError` on fewer than two."
     require(images >= 2, lambda: f'images is {images}, but a Fréchet distance needs at least 2: pass 64.')
     captions, labels = prompts(seed, images, level=level, split=split)
-    return {'captions': captions, 'labels': labels, 'real': real_images(seed + 1, images), 'features': {}}
-
-# %% ../../nbs/evidence/kit.ipynb #215c60d5
-def _distances(kit, fake, paper):
-    "{name: distance of a slice of the pictures to the renders} in every feature space of the kit."
-    found = {}
-    for space, network in (('', kit.judge), ('_imagenet', kit.features), ('_inception', kit.inception)):
-        if network is None: continue
-        if space not in paper['features']: paper['features'][space] = features_of(paper['real'], network)
-        x, y = paper['features'][space], features_of(fake, network)
-        found['frechet' + space] = lambda part, x=x, y=y: frechet_distance(x[part], y[part])
-        if space: found['kernel' + space] = lambda part, x=x, y=y: kernel_distance(x[part], y[part])
-    return found
-
-def _clip_scores(kit, fake, paper):
-    "{name: CLIP score of a slice of the pictures} for every CLIP of the kit."
-    clips = {'clip': kit.clip, 'clip_public': kit.public_clip}
-    return {name: lambda part, clip=clip: clip_score(fake[part], paper['captions'][part], clip)
-            for name, clip in clips.items() if clip is not None}
+    others = prompts(seed + 1, images)[1]                                       # all attributes of the other scenes
+    true = lambda kit: reconstructed(kit.teacher.vae, real_images(seed, images))    # of the captions' own scenes
+    return {'captions': captions, 'labels': labels, 'real': real_images(seed + 1, images), 'real_labels': others,
+            'chance': chance_accuracy(labels, others), 'reconstructed': true, 'features': {}}
 
 # %% ../../nbs/evidence/kit.ipynb #b88dda9c
 def grade(
@@ -214,9 +200,8 @@ def grade(
     fake: torch.Tensor, # (N, 3, 128, 128) in [0, 1]
     paper: dict, # of `exam`, with N captions
 ) -> dict: # name -> number, and 'intervals': name -> (low, high), or None for fewer than 16 pictures; ready for JSON
-    "Accuracy, Fréchet and kernel distances and CLIP scores of pictures, with a 95 % interval each."
-    read = attribute_accuracy(kit.judge, fake, paper['labels'])
-    found = {'accuracy': read['overall'], 'intervals': {'accuracy': read['interval']}}
-    for name, score in (_distances(kit, fake, paper) | _clip_scores(kit, fake, paper)).items():
-        found[name], found['intervals'][name] = with_interval(score, len(fake))
-    return found
+    "All scores of pictures, with a 95 % interval each; `ValueError` unless there is one picture a caption."
+    require(len(fake) == len(paper['captions']),
+            lambda: f'there are {len(fake)} pictures for {len(paper["captions"])} captions; an exam has one answer a '
+                    'question, so draw one picture for each caption.')
+    return all_scores(kit, fake, paper)
