@@ -88,7 +88,7 @@ def test_pictures_that_cannot_be_cropped_are_refused(images, words, tmp_path):
 def test_the_stages_end_in_a_pipeline_whose_scaling_factor_is_one_over_the_spread(folder):
     assert R.make_vae(folder/'scenes', folder/'vae', 2, **QUIET) == folder/'vae'/'vae'
     named = R.make_text_encoder(folder/'text', 2, vocabulary=500, batch_size=4, **QUIET)
-    assert all(0 <= named[split]['said'] <= 1 for split in ('train', 'test'))
+    assert 0 <= min(named) <= max(named) <= 1
     made = R.make_teacher(folder/'scenes', folder/'vae', folder/'text', folder/'teacher', 1, batch_size=2, **QUIET)
     pipe, data = load_pipeline(made), open_latents(folder/'teacher'/'latents.safetensors')
     assert data.z.float().std().item() == pytest.approx(1, abs=1e-3) and data.facts['world'] == 7

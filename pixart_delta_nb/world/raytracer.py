@@ -62,11 +62,12 @@ def intersect(thing, o, d):
     return t, unit(torch.stack([c*x + s*z, y, c*z - s*x]))
 
 def near_line(thing, o, d):
-    "Indices of the rays from o along d, (3, N) or (3, 1) each, that pass the thing's bounding sphere."
+    """Indices of the rays from o along d, (3, N) or (3, 1) each, that pass the thing's bounding sphere. Rays that start
+    100 units away or more pass by: in the squares of their coordinates the thing's size would be lost to rounding."""
     r = thing.radius
     v = torch.tensor([[thing.x], [r], [thing.z]]) - o
-    along = (v*d).sum(0)
-    return (((v*v).sum(0) - along*along < 2.1*r*r) & (along > -1.5*r)).nonzero()[:, 0]
+    along, far = (v*d).sum(0), (v*v).sum(0)
+    return ((far - along*along < 2.1*r*r) & (along > -1.5*r) & (far < 1e4)).nonzero()[:, 0]
 
 # %% ../../nbs/world/raytracer.ipynb #0f5a35c9
 def picked(o, j):
