@@ -1,11 +1,10 @@
-"""The textured world: exact draws given what is known, captions with a dial, textures that no caption tells, truth maps."""
+"""The world: exact draws given what is known, captions with a dial, textures that no caption tells, energy by wavelength."""
 import math, random, re
 from dataclasses import replace
 from itertools import permutations
 
 import pytest, torch
 
-from pixart_delta_nb.world.raytracer import edges
 from pixart_delta_nb.world import arrangements, phrases
 from pixart_delta_nb.world.bands import BANDS, band_energy
 from pixart_delta_nb.world.captions import LEVELS, describe, make, redraw
@@ -204,16 +203,6 @@ def test_a_picture_is_a_function_of_its_scene(scene):
 def test_a_picture_of_nothing_but_sky_is_drawn(scene):
     plain = replace(scene, things=[], camera=(0., 2.6, 0., -1.2), sky='overcast') # nothing but sky
     assert render(plain, 16)['image'].shape == (3, 16, 16)
-
-
-def test_masks_sum_to_one_and_each_thing_is_seen(scene):
-    masks = render(scene, 64, truth=True)['masks']
-    assert masks.shape == (4, 64, 64) and (masks.sum(0) == 1).all() and (masks[2:].flatten(1).sum(1) > 20).all()
-
-
-def test_edges_of_the_first_world_read_the_truth_of_this_one(scene):
-    found = edges(render(scene, 64, truth=True))
-    assert found.shape == (1, 64, 64) and found.max() > .5 and (found > .5).float().mean() < .3
 
 
 @pytest.mark.parametrize('wrong', [{'size': 0}, {'supersample': 1.5}])
