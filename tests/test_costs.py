@@ -70,7 +70,7 @@ def test_the_peak_of_a_cpu_is_that_of_the_process():
 def test_usual_step_has_the_gradient_of_the_step_here(kit):
     teacher, pipe, data, grads = kit.teacher.transformer, kit.teacher, scene_data(kit.teacher, 2), []
     rows = Batch(data.z.float(), data.caption.float(), data.mask, data.null, data.null_mask)
-    images, texts, null = real_images(0, 2), [make(0, i)[1] for i in range(2)], null_caption(pipe.tokenizer, pipe.text_encoder)
+    images, texts, null = real_images(0, 2), [make(0, i)[1].text for i in range(2)], null_caption(pipe.tokenizer, pipe.text_encoder)
     for usual in (False, True):
         student, generator = copy.deepcopy(teacher).requires_grad_(True), torch.Generator().manual_seed(1)
         with torch.no_grad(): student.proj_out.weight.mul_(1.1)
