@@ -133,7 +133,8 @@ def test_mode_variances_of_white_latents_and_what_is_common():
     same = torch.randn(30, 1, 4, 16, 16, generator=g)
     modes = dial.mode_variances(same + .5*torch.randn(30, 8, 4, 16, 16, generator=g))
     assert modes.mean().item() == pytest.approx(.25, abs=.01)
-    assert dial.common_energy(torch.ones(3, 4), torch.full((3,), .25)) == 0. and dial.common_energy(torch.ones(3, 4), torch.ones(3)) == 1.
+    labels, pictures = dial.labels_of(told('most', 3)), torch.rand(3, 8, 3, 128, 128, generator=g)
+    assert dial.common_energy(pictures, labels) < .05 and dial.common_energy(pictures[:, :1].expand(-1, 8, -1, -1, -1), labels) == pytest.approx(1., abs=1e-4)
 
 
 def test_dial_run_divides_the_two_networks(kit):
