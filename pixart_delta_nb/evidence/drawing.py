@@ -16,7 +16,7 @@ from ..plots import PALETTE, image_grid, use_style
 
 # %% ../../nbs/evidence/drawing.ipynb #175a1503
 LABELS = {'accuracy': 'attribute accuracy', 'frechet_imagenet': 'Fréchet distance, ImageNet',
-          'frechet': 'Fréchet distance, judge', 'clip': 'CLIP score'}
+          'frechet': 'Fréchet distance, judge', 'clip': 'CLIP score', 'texture': 'texture'}
 MARKERS = 'os^vD*P'
 
 def _curve(ax, rows, value, x, **look):
