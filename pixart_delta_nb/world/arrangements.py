@@ -117,7 +117,8 @@ ROW_AT = ('on the left>in the middle>on the right|at the left>in the centre>at t
 ROW_FRAMES = ('{A} ~A, {B} ~B and {C} ~C|~A {A}, ~B {B}, ~C {C}|{A} ~A, {B} ~B, {C} ~C|~A {A}, ~B {B} and ~C {C}|'
               '~A is {A}, ~B {B} and ~C {C}|~A there is {A}, ~B {B}, and ~C {C}')
 BETWEEN = ('{1} between {0} and {2}|{1} standing between {0} and {2}|{1} is between {0} and {2}|'
-           'between {0} and {2}, {1}|between {0} and {2} stands {1}|between {0} and {2} is {1}|{0} and {2} with {1} between them|'
+           'between {0} and {2}, {1}|between {0} and {2} stands {1}|between {0} and {2} is {1}|'
+           '{0} and {2} with {1} between them|'
            '{1} between {0} on the left and {2} on the right|!between {0} and {2} there is {1}|'
            '{1} with {0} to its left and {2} to its right|!{1} stands between {0} and {2}|'
            '!{1} with {2} on its right and {0} on its left')
@@ -155,7 +156,8 @@ LISTS = {1: '{0}',
          3: joined('{0}, {1} and {2}', crossed('{0}, {1} ~0 {2}|{0}, {1}, ~0 {2}|{0} ~0 {1} ~0 {2}|{0} and {1} ~0 {2}',
                    'and|and also|plus|as well as', 2), '{0}, {1}, {2}|{0}, then {1}, then {2}|{0} with {1} and {2}'),
          4: joined('{0}, {1}, {2} and {3}', crossed('{0}, {1}, {2} ~0 {3}|{0}, {1}, {2}, ~0 {3}|'
-                   '{0} ~0 {1} ~0 {2} ~0 {3}|{0} and {1} ~0 {2} and {3}', 'and|and also|plus|as well as', 3), '{0}, {1}, {2}, {3}')}
+                   '{0} ~0 {1} ~0 {2} ~0 {3}|{0} and {1} ~0 {2} and {3}', 'and|and also|plus|as well as', 3),
+                   '{0}, {1}, {2}, {3}')}
 #: Of two or more of one shape: {0}, their number; the rest, what tells them apart.
 EACH = {2: '{0}, one {1} and one {2}|{0}, one {1}, the other {2}|{0}, one {1}, one {2}|{0}, one is {1} and one is {2}|'
            '{0}, one {1} and the other {2}|!{0}, one is {1} and the other is {2}',

@@ -28,7 +28,7 @@ def truth(
     condition: str, # one of CONDITIONS
     size: int = 128, # pixels
 ) -> Tensor: # (3, size, size) in [-1, 1]
-    "A scene's condition: edges as its picture shows them, else exact up to the pixel grid; `ValueError` for another name."
+    "A scene's condition: edges as its picture shows them, else exact; `ValueError` for another name."
     check_condition(condition)
     if condition in SEEN: return extract(render(scene, size)['image'].clamp(0, 1)[None], condition)[0]
     return as_picture(_known(scene, condition, size)[None])[0]
