@@ -9,16 +9,14 @@ __all__ = ['Folder', 'Device', 'Resume', 'TensorBoard', 'Bf16', 'Steps', 'BatchS
            'AsLora', 'Rank', 'Decay', 'Kind', 'Copies', 'Entry', 'Wiring', 'Shown', 'Data', 'Scenes', 'DecoderOf',
            'Vae', 'Text', 'Start', 'Results', 'Images', 'Name', 'Anew', 'TeacherFolder', 'StudentFolder', 'Public',
            'Weights', 'Precision', 'Compiled', 'Graph', 'Reader', 'log_to', 'check_picture', 'chosen_pipeline',
-           'steered', 'generate', 'precompute', 'distill', 'train_controlnet', 'render', 'train_vae', 'train_text',
-           'train_teacher', 'reproduce', 'evaluate', 'train_evaluator', 'train_clip', 'bench', 'main']
+           'steered', 'generate', 'precompute', 'distill', 'train_decoder', 'train_controlnet', 'render', 'train_vae',
+           'train_text', 'train_teacher', 'reproduce', 'evaluate', 'train_evaluator', 'train_clip', 'bench']
 
 # %% ../nbs/16_cli.ipynb #fd8acd0f
 from pathlib import Path
 from typing import Annotated
 import typer
-from .console import check_writable, command, main, option
-
-_all_ = ['main']
+from .console import check_writable, command, main, option, require
 
 # %% ../nbs/16_cli.ipynb #b0c27394
 Folder = option(Path, 'Folder to write to.')
@@ -40,7 +38,6 @@ PICTURES = '.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp'
 
 def check_picture(path):
     "Refuse a name that no picture can be written to; make its folder."
-    from pixart_delta_nb.core import require
     require(not path.is_dir(), lambda: f'{path} is a folder, but --out names the picture: pass {path}/image.png.')
     require(path.suffix.lower() in PICTURES,
             lambda: f'--out is {path.name}, but its suffix is the format: end it with {", ".join(PICTURES)}.')
@@ -49,7 +46,6 @@ def check_picture(path):
 # %% ../nbs/16_cli.ipynb #ed565698
 def chosen_pipeline(pipeline, teacher, lora, device, tiny=False):
     "The pipeline that the options of `generate` ask for."
-    from pixart_delta_nb.core import require
     from pixart_delta_nb.lora import apply_lora
     from pixart_delta_nb.pipeline import load_pipeline
     require(not (teacher and lora), '--teacher and --lora exclude each other: an adapter makes a student, so drop one.')
@@ -61,7 +57,6 @@ def chosen_pipeline(pipeline, teacher, lora, device, tiny=False):
 
 def steered(pipe, picture, condition, controlnet, strength, pipeline):
     "The pipeline under control, and the options that hand the picture to the sampler."
-    from pixart_delta_nb.core import require
     from pixart_delta_nb.stages import controlled
     require(not pipeline or controlnet, '--control of another --pipeline needs its ControlNet: pass --controlnet too.')
     pipe, control = controlled(pipe, picture, condition, controlnet)
@@ -147,6 +142,15 @@ def distill(pipeline: Teacher = 'runs/teacher/pipeline', latents: Latents = Path
     else: made = stages.distill(pipeline, latents, out, steps, average=.99, **options)
     typer.echo(made)
 
+@command
+def train_decoder(pipeline: Model = None, latents: Latents = Path('runs/teacher/latents.safetensors'),
+                  out: Folder = Path('runs/decoder'), steps: Steps = 4000, batch_size: BatchSize = 8,
+                  device: Device = 'cpu', bf16: Bf16 = False):
+    "Distil the autoencoder's decoder into a small one, OUT/vae_tiny, for the folder of the pipeline."
+    check_writable(out)
+    from pixart_delta_nb.tiny_decoder import make_decoder
+    typer.echo(make_decoder(pipeline, latents, out, steps, batch_size=batch_size, device=device, bf16=bf16))
+
 # %% ../nbs/16_cli.ipynb #287f4107
 Kind = option(str | None, 'edges, hard, outlines, depth or segmentation; that of D_z if not given.', '--condition')
 Copies = option(int, 'Blocks to copy, N.')
@@ -205,7 +209,7 @@ Start = option(Path | None, 'Transformer folder to go on from; a new one if not 
 
 @command
 def train_teacher(data: Data = Path('data/scenes'), vae: Vae = Path('runs/vae'), text: Text = Path('runs/text'),
-                  out: Folder = Path('runs/teacher'), steps: Steps = 10_000, start: Start = None, resume: Resume = False,
+                  out: Folder = Path('runs/teacher'), steps: Steps = 10000, start: Start = None, resume: Resume = False,
                   device: Device = 'cpu', bf16: Bf16 = False, tensorboard: TensorBoard = None):
     "Train the guided diffusion transformer; writes OUT/pipeline, which stock diffusers opens."
     check_writable(out)
@@ -223,7 +227,6 @@ Anew = option(bool, 'Measure a figure again, training what it needs, even where 
 def reproduce(out: Results = None, images: Images = 256, figure: Name = None, from_scratch: Anew = False,
               device: Device = 'cpu'):
     "Measure speed and quality from the shipped weights, into report.html and its parts; or make one figure."
-    from pixart_delta_nb.core import require
     require(figure or not from_scratch, '--from-scratch is for a figure, and none is named: add --figure, or drop it.')
     out = out or Path('results' if figure else 'out/reproduce')
     check_writable(out)
@@ -288,13 +291,9 @@ def bench(scale: option(str, 'paper or workshop.') = 'paper', resolution: option
           dtype: Precision = None, compiled: Compiled = False, cuda_graph: Graph = False, text_encoder: Reader = False):
     "Time text encoder, transformer and autoencoder, with evaluations, operations and memory."
     check_writable(out.parent)
-    from pixart_delta_nb.core import require
     from pixart_delta_nb.evidence import bench as benchmark
-    require(all(s.isdigit() for s in steps.split(',')),
-            lambda: f'--steps is {steps}, but it must be whole numbers with commas between them: pass 4,14.')
     name = 'random' if weights == 'random' else 'PATH'
     command = f'pixart-delta bench --scale {scale} --resolution {resolution} --steps {steps} --weights {name}'
-    counts = tuple(map(int, steps.split(',')))
-    found = benchmark.bench(scale, resolution, counts, weights, device, dtype, compiled, cuda_graph, text_encoder,
+    found = benchmark.bench(scale, resolution, benchmark.counts_of(steps), weights, device, dtype, compiled, cuda_graph, text_encoder,
                             out=out, command=command)
     typer.echo(benchmark.table(found))

@@ -5,7 +5,7 @@ from PIL import Image
 from pixart_delta_nb import cli
 from pixart_delta_nb.core import PlainProgress
 
-COMMANDS = ('generate', 'precompute', 'distill', 'train-controlnet', 'render', 'train-vae', 'train-text', 'train-teacher', 'reproduce',
+COMMANDS = ('generate', 'precompute', 'distill', 'train-decoder', 'train-controlnet', 'render', 'train-vae', 'train-text', 'train-teacher', 'reproduce',
             'evaluate', 'train-evaluator', 'train-clip', 'bench')
 PLACE = {'generate': ['a red cube'], 'precompute': ['pictures']}                    # arguments without which a command does not start
 

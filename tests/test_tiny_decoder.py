@@ -226,3 +226,16 @@ def test_the_run_compares_equal_latents_and_says_so(made, tmp_path):
     found = json.loads(json.dumps(run_decoders(kit, images=2, steps=1, batch_sizes=(1, 2), repeats=1, shown=1)))
     assert [r['decoder'] for r in found['rows']] == ['autoencoder', 'small decoder'] and set(found['seconds']) == {'1', '2'}
     assert '2 pictures' in tell_decoders_run(found) and found['figure'] == 'decoders' and kit.student.decoder is None
+
+
+def test_the_command_distils_a_folder_with_its_latents(model, tmp_path, capsys):
+    from pixart_delta_nb import cli
+    from pixart_delta_nb.data import save_latents
+    from pixart_delta_nb.latents import LatentDataset
+    g = torch.Generator().manual_seed(0)
+    rows = LatentDataset(torch.randn(70, 4, 8, 8, generator=g), torch.zeros(70, 2, 32), torch.ones(70, 2), torch.zeros(1, 1, 32))
+    save_latents(rows, tmp_path/'latents.safetensors')
+    cli.main([str(w) for w in ('train-decoder', '--pipeline', model, '--latents', tmp_path/'latents.safetensors', '--out', tmp_path/'out',
+                               '--steps', 2, '--batch-size', 2)])
+    assert str(tmp_path/'out/vae_tiny') in capsys.readouterr().out.replace('\n', '') and read_card(tmp_path/'out/vae_tiny')['latents'] == 6
+    assert load_pipeline(model, decoder=tmp_path/'out/vae_tiny').decoder.facts['steps'] == 2
