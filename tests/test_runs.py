@@ -49,7 +49,7 @@ def test_a_network_is_given_one_entrance_for_omega(kit):
 
 
 def test_fig2_with_every_variant(kit, data, tmp_path):
-    found = fig2.run_fig2(kit, tmp_path, data, marks=(0, 1), batches={3: (5,), 2: (6,)}, images=2, steps=(1, 2))
+    found = fig2.run_fig2(kit, tmp_path, data, marks=(0, 1), batches={3: (5,), 2: (6,)}, images=2, steps=(1, 2), variants=fig2.variants_of(3.5))
     cases = [(b, s, v, i, n) for b, s in ((3, 5), (2, 6)) for v in fig2.variants_of(3.5) for i in (0, 1) for n in (1, 2)]
     assert [(r['batch'], r['seed'], r['variant'], r['iteration'], r['steps']) for r in found['rows']] == cases
     assert found['settings'] == {k: v for k, v in runs.WORKSHOP.items() if k != 'batch_size'}
@@ -57,10 +57,9 @@ def test_fig2_with_every_variant(kit, data, tmp_path):
 
 
 def test_fig8_goes_on_with_the_first_run_of_fig2(kit, data, tmp_path, monkeypatch):
-    one = {'ω = 3.5': fig2.variants_of(3.5)['ω = 3.5']}
     monkeypatch.chdir(tmp_path)
-    fig2.run_fig2(kit, data=data, marks=(0, 1), batches={12: (0,)}, images=2, steps=(1,), variants=one)
-    note = tmp_path/'runs/fig2/omega-3.5-12-0/000001/config.json'
+    fig2.run_fig2(kit, data=data, marks=(0, 1), images=2, steps=(1,))
+    note = tmp_path/'runs/fig2/omega-3.5-24-0/000001/config.json'
     stamp = note.stat().st_mtime_ns
     found = fig8.run_fig8(kit, marks=(0, 1), captions=1, steps=1)               # without data, so nothing is trained
     assert found['columns'] == ['0', '1'] and note.stat().st_mtime_ns == stamp

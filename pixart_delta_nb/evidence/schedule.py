@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from .drawing import draw_strip_of, strip_of
 from .figured import Figured, measured
-from .kit import Kit, exam, grade
+from .kit import Kit, exam, grade, omega_of
 from .runs import SCENES, WORKSHOP, latents_when_needed, snapshots
 from ..sampling import decode, sample_student
 from ..schedules import alpha_bar_from_betas, scaled_linear_betas
@@ -32,13 +32,13 @@ def run_schedule(
     run='runs/schedule', # folder of the runs
     data=None, # D_z, see `snapshots`
     steps=1000, # of distillation
-    images=256, captions=4, seed=101, # captions that are graded; those that are shown; their data set
+    images=64, captions=4, seed=101, # captions that are graded; those that are shown; their data set
     few=4, # steps of the student's sampler
     **settings # of `snapshots`
 ) -> dict:
     "Grades of students distilled and sampled on the teacher's table and on Stable Diffusion's, with pictures."
     scenes, data = SCENES if data is None else len(data), latents_when_needed(kit.teacher, data)
-    paper, rows, columns, settings = exam(images, seed), [], [], {'seed': 0} | settings
+    paper, rows, columns, settings = exam(images, seed), [], [], {'seed': 0, 'omega': omega_of(kit.student)} | settings
     tables = {'linear': kit.teacher.alpha_bar, 'scaled linear': alpha_bar_from_betas(scaled_linear_betas())}
     students = _students(kit, run, data, steps, tables, settings).items()
     for (trained, network), (sampled, table) in itertools.product(students, tables.items()):
@@ -90,4 +90,4 @@ def tell_schedule(found: dict) -> str: # of `run_schedule`
     return ' '.join(text)
 
 FIGURE = Figured('Distilled on the wrong schedule (§3.3)', run_schedule, draw_strip_of, tell_schedule,
-                 2*1000*24*6 + 6*256*4)
+                 2*1000*24*6 + 6*64*4)
