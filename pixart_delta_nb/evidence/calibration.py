@@ -12,7 +12,7 @@ import torch
 from ..core import progress
 from .judge import read_attributes
 from .figured import Figured, measured
-from .kit import Kit, Method
+from .kit import Kit, Method, guidance_of
 from .redraws import over_captions, renders_given, samples_given, told, with_bounds
 from ..plots import PALETTE, use_style
 from ..sampling import decode, sample_teacher
@@ -89,7 +89,7 @@ def _methods(kit, omegas, steps, teacher_steps):
             return decode(kit.teacher, latents).cpu()
         return draw
     def distilled(n): return lambda text, count: samples_given(kit, Method('student', n), text, count)
-    own = 3.5 if kit.student.omega is None else kit.student.omega
+    own = guidance_of(kit.student) - 1
     yield from (({'network': 'teacher', 'steps': teacher_steps, 'omega': omega}, guided(omega)) for omega in omegas)
     yield from (({'network': 'student', 'steps': n, 'omega': own}, distilled(n)) for n in steps)
 
