@@ -122,6 +122,12 @@ def test_a_console_without_greek_and_chinese_prints_what_it_can(own, tmp_path, m
         assert wanted in stream.buffer.getvalue()
 
 
+def test_words_that_the_model_has_never_met_are_quoted_in_one_line(tmp_path, capsys):
+    run('generate', 'A red teapot, on jet-black grass!', '--steps', 1, '--out', tmp_path/'x.png')
+    said = [line for line in capsys.readouterr().err.splitlines() if 'never met' in line]
+    assert len(said) == 1 and said[0].startswith('pixart-delta:') and '"teapot"' in said[0] and '"grass"' not in said[0]
+
+
 # control
 
 @pytest.fixture(scope='module')
