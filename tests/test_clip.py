@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from pixart_delta_nb.evidence.clip import build_clip, clip_score, contrastive_loss, load_clip, retrieval_accuracy, save_clip
-from pixart_delta_nb.evidence.clip_training import train_clip
+from pixart_delta_nb.evidence.clip import build_clip, clip_score, contrastive_loss, load_clip, pair_scores, retrieval_accuracy, save_clip, spoken
+from pixart_delta_nb.evidence.clip_training import TAUGHT, clip_captions, clip_step, keep_clip, teach_clip, train_clip
 from pixart_delta_nb.evidence.public import InceptionFeatures, public_clip
 from pixart_delta_nb.world.captions import make
 
-CAPTIONS = [make('test scores', i)[1] for i in range(40)]
+CAPTIONS = [make('test scores', i)[1].text for i in range(40)]
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -29,6 +29,17 @@ def images(): return torch.rand(8, 3, 128, 128, generator=torch.Generator().manu
 def test_clip_reads_the_end_mark(clip):
     with torch.no_grad(): a, b, c = clip.embed_captions(['a red cube', 'a red cone', 'A RED cube '])
     assert not torch.allclose(a, b, atol=1e-4) and torch.allclose(a, c, atol=1e-6)
+
+
+@pytest.mark.parametrize('text', ['a jet-black cube, on grass', 'A Jet Black  cube on grass.', 'A JET BLACK CUBE ON GRASS'])
+def test_marks_and_capitals_are_not_heard(clip, text):
+    assert spoken(text) == 'a jet black cube on grass'
+    with torch.no_grad(): assert torch.allclose(*clip.embed_captions([text, 'a jet black cube on grass']), atol=1e-6)
+
+
+def test_every_caption_of_the_world_fits_into_the_text_tower(clip):
+    long = max(len(ids) for ids in clip.tokenizer([spoken(make('test long', i, level='full')[1].text) for i in range(500)])['input_ids'])
+    assert long < clip.model.config.text_config.max_position_embeddings
 
 
 def test_clip_cuts_long_captions(clip):
@@ -79,6 +90,12 @@ def test_clip_score_is_the_mean_cosine(clip, images):
     for batch in (3, 8): assert abs(clip_score(images, CAPTIONS[:8], clip, batch) - expected.item()) < 1e-3
 
 
+def test_scores_of_pairs_average_to_the_clip_score_of_any_part(clip, images):
+    pairs = pair_scores(images, CAPTIONS[:8], clip, batch_size=3)
+    for part in (slice(None), slice(1, 8, 2)):
+        assert max(0., pairs[part].mean().item()) == pytest.approx(clip_score(images[part], CAPTIONS[:8][part], clip), abs=1e-3)
+
+
 def test_clip_score_of_opposites_is_zero(images):
     class Opposite:
         model = type('M', (nn.Module,), {'device': torch.device('cpu'), 'config': None,
@@ -105,6 +122,50 @@ def test_retrieval_leaves_out_an_incomplete_group(clip):
 
 def test_training_refuses_a_batch_larger_than_the_data(tmp_path):
     with pytest.raises(ValueError, match='lower batch'): train_clip(tmp_path, count=4, batch_size=8)
+
+
+def test_captions_of_one_picture_tell_more_or_less():
+    texts = clip_captions(17, 5)
+    assert len(texts) == 5*len(TAUGHT) and texts == clip_captions(17, 5)
+    assert sum(map(len, texts[:5])) > sum(map(len, texts[-5:]))                 # full, and brief
+
+
+def test_a_step_pairs_pictures_with_their_own_captions(clip):
+    n, seen = 6, []
+    pictures = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 8, 8)
+    class Watch:
+        model = type('M', (), {'logit_scale': torch.tensor(0.), 'get_text_features': lambda s, ids, mask: seen.append(ids[:, 0]) or type('O', (), {'pooler_output': torch.eye(6)[ids[:, 0]]})})()
+        def tokens(self, captions):
+            class Tokens(dict):
+                def to(self, device): return self
+            return Tokens(input_ids=torch.tensor([[int(c)] for c in captions]), attention_mask=torch.ones(len(captions), 1))
+        def embed_images(self, x): return torch.eye(6)[(x.amax((1, 2, 3))*255).round().long().clamp(0, 5)]
+    step = clip_step(Watch(), pictures, [str(i % n) for i in range(3*n)], n, torch.Generator().manual_seed(0))
+    step(0, 1)
+    assert sorted(seen[0].tolist()) == list(range(n))
+
+
+def test_teaching_lowers_the_loss_and_is_repeatable():
+    pictures = torch.randint(0, 256, (6, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    def run():
+        losses = []
+        clip = teach_clip(pictures, CAPTIONS[:12], 2, batch_size=6, log=lambda step, loss: losses.append(loss))
+        return losses[0], clip.model.state_dict()
+    (a, one), (b, two) = run(), run()
+    assert a == b and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_kept_clip_says_how_well_it_retrieves(clip, tmp_path):
+    pictures = torch.randint(0, 256, (32, 3, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    accuracy = keep_clip(clip, tmp_path, pictures, CAPTIONS[:32], scenes=3)
+    card = json.loads((tmp_path/'card.json').read_text())
+    assert card['retrieval_accuracy'] == accuracy and card['scenes'] == 3 and card['held_out'] == 32
+
+
+@pytest.mark.parametrize('count', [4, 7])
+def test_a_step_wants_whole_rounds_of_captions(clip, count):
+    with pytest.raises(ValueError, match='lower batch_size'):
+        clip_step(clip, torch.zeros(3, 3, 128, 128), ['a']*count, 2, None)
 
 
 def test_public_networks_say_in_one_sentence_what_they_need(monkeypatch):

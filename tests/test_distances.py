@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pixart_delta_nb.evidence.distances import (bootstrap_interval, features_of, frechet_distance, imagenet_features,
-                                                kernel_distance, over_seeds, with_interval)
+                                                kernel_distance, leaving_out, over_seeds, with_interval)
 from pixart_delta_nb.evidence.judge import Evaluator
 
 
@@ -144,6 +144,20 @@ def test_interval_needs_two_pictures_a_group(count, known):
     seen = []
     whole, band = with_interval(lambda part: seen.append(len(range(count)[part])) or 1., count)
     assert whole == 1. and (band is not None) is known and seen[0] == count and set(seen[1:]) <= {2}
+
+
+def test_leaving_out_gives_the_same_interval_for_a_mean_and_the_textbooks_for_a_variance():
+    x = torch.randn(80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = lambda part: x[part].mean().item()
+    assert leaving_out(mean, 80)[1] == pytest.approx(with_interval(mean, 80)[1], abs=1e-12)
+    whole, band = leaving_out(lambda part: x[part].var().item(), 80)
+    rest = torch.stack([x[torch.arange(80) % 8 != g].var() for g in range(8)])
+    s = (7/8*(rest - rest.mean()).square().sum()).sqrt().item()
+    assert band == pytest.approx([whole - 2.3646242510102993*s, whole + 2.3646242510102993*s])
+
+
+def test_leaving_out_needs_two_pictures_a_group():
+    assert leaving_out(lambda part: 1., 15) == (1., None)
 
 
 def test_features_are_the_same_in_any_batch_and_have_their_own_method():

@@ -70,7 +70,7 @@ def build_clip(
     shape = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4, projection_dim=64) | overrides
     text = dict(vocab_size=len(tokenizer), max_position_embeddings=LONGEST, num_hidden_layers=3, bos_token_id=None,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id) | shape
-    vision = dict(image_size=128, patch_size=8, num_hidden_layers=4) | shape
+    vision = dict(image_size=128, patch_size=16, num_hidden_layers=4) | shape
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape['projection_dim']))
     return Clip(model.eval(), tokenizer)
 
