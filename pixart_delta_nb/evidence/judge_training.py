@@ -113,8 +113,8 @@ def train_evaluator(
 # %% ../../nbs/evidence/judge_training.ipynb #948cc930
 def make_evaluator(
     folder: str | Path, # where to save
-    count: int = 20000, # training scenes, of data set 7
-    steps: int = 6000, # updates
+    count: int = 12000, # training scenes, of data set 7
+    steps: int = 2400, # updates
     held_out: int = 1000, # test scenes, of data set 8
     workers: int | None = None, # rendering processes, as of `render_many`
     device: str = 'cpu', # where it is trained
