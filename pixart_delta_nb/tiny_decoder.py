@@ -49,23 +49,25 @@ def disturbed(
     strength = disturb*torch.rand(len(z), 1, 1, 1, **options)                               # (B, 1, 1, 1)
     return z + strength*torch.randn(z.shape, **options)
 
+@torch.no_grad()
 def full_pictures(
     vae, # AutoencoderKL
     latents: Tensor, # (B, C, h, w) scaled
-) -> Tensor: # (B, 3, H, W) in [-1, 1]
+    bf16: bool = False, # products in bfloat16
+) -> Tensor: # (B, 3, H, W) in [-1, 1], float32
     "What the autoencoder's own decoder makes of latents."
-    with torch.no_grad(): return vae.decode(latents/vae.config.scaling_factor).sample.clamp(-1, 1)
+    with bfloat16_products(latents.device, bf16): pictures = vae.decode(latents/vae.config.scaling_factor).sample
+    return pictures.float().clamp(-1, 1)
 
 def decoder_loss(
     tiny, # AutoencoderTiny
-    vae, # AutoencoderKL
     latents: Tensor, # (B, C, h, w) scaled
-    bf16: bool = False, # products of the small one in bfloat16
+    goal: Tensor, # (B, 3, H, W) in [-1, 1], of `full_pictures`
+    bf16: bool = False, # products in bfloat16
 ) -> Tensor: # scalar
     "Equation (3), for latents as they are."
-    goal = full_pictures(vae, latents)                                                      # (B, 3, H, W)
     with bfloat16_products(latents.device, bf16): pictures = tiny.decode(latents).sample
-    e = pictures.float() - goal
+    e = pictures.float() - goal                                                             # (B, 3, H, W)
     return e.abs().mean() + e.diff(dim=-1).abs().mean() + e.diff(dim=-2).abs().mean()
 
 # %% ../nbs/09a_tiny_decoder.ipynb #bf216789
@@ -91,6 +93,21 @@ def _check_latents(latents, vae, held):
     require(len(latents) > held,
             lambda: f'there are {len(latents)} latents, of which {held} would be held out: pass more, or a smaller '
                     'held.')
+
+def _source(full, latents, batch_size, disturb, generator, bf16, pool):
+    "Draws (latents, goal) of a step: anew, or from a pool of pictures made once."
+    if pool is None:
+        def anew():
+            z = disturbed(latents, batch_size, disturb, generator)
+            return z, full_pictures(full, z, bf16)
+        return anew
+    kept = disturbed(latents, pool, disturb, generator)                                     # (pool, C, h, w)
+    made = [(full_pictures(full, z, bf16)*127.5 + 127.5).round().byte() for z in shown_progress(kept.split(16))]
+    goals = torch.cat(made)                                                                 # (pool, 3, H, W)
+    def drawn():
+        rows = torch.randint(pool, (batch_size,), generator=generator, device=kept.device)
+        return kept[rows], goals[rows].float()/127.5 - 1
+    return drawn
 
 def _fit(tiny, loss_of, steps, lr, log, progress):
     "Muon and AdamW on the decoder; the loss is read every 50 steps."
@@ -120,7 +137,8 @@ def train_tiny(
     held: int = 64, # latents held out, the last ones
     seed: int = 0, # of weights and choices
     device: str = 'cpu', # where it runs
-    bf16: bool = False, # products of the small decoder in bfloat16
+    bf16: bool = False, # products in bfloat16
+    pool: int | None = None, # latents decoded once and drawn from; None: each step decodes its own
     log=None, # called with {'step', 'loss'} every 50 steps
     progress: bool | None = None, # False for silence
     **shape # of `build_tiny`
@@ -133,8 +151,8 @@ def train_tiny(
     tiny = build_tiny(vae.config.latent_channels, **shape).train().to(device, memory_format=torch.channels_last)
     latents = latents.to(device)
     train, rest = latents[:len(latents) - held], latents[len(latents) - held:]
-    draw = lambda: disturbed(train, batch_size, disturb, generator)
-    _fit(tiny, lambda: decoder_loss(tiny, full, draw(), bf16), steps, lr, log, progress)
+    draw = _source(full, train, batch_size, disturb, generator, bf16, pool)
+    _fit(tiny, lambda: decoder_loss(tiny, *draw(), bf16), steps, lr, log, progress)
     psnr = {'psnr': decoder_psnr(tiny.eval(), full, rest)} if held else {}
     tiny.facts = {'vae': fingerprint(vae), 'steps': steps, 'batch_size': batch_size, 'latents': len(train)} | psnr
     save_decoder(tiny, Path(out)/'vae_tiny')

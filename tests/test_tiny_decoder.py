@@ -63,15 +63,15 @@ def test_loss_is_that_of_numpy(pipe, latents):
     import numpy as np
     tiny = build_tiny()
     with torch.no_grad():
-        loss = decoder_loss(tiny, pipe.vae, latents[:3]).item()
         goal = pipe.vae.decode(latents[:3]/.5).sample.clamp(-1, 1)
+        loss = decoder_loss(tiny, latents[:3], full_pictures(pipe.vae, latents[:3])).item()
         e = (tiny.decode(latents[:3]).sample - goal).double().numpy()
     assert abs(loss - (np.abs(e).mean() + np.abs(np.diff(e, axis=-1)).mean() + np.abs(np.diff(e, axis=-2)).mean())) < 1e-5
 
 
 def test_only_the_small_one_has_gradients(pipe, latents):
     tiny = build_tiny()
-    decoder_loss(tiny, pipe.vae, latents[:2]).backward()
+    decoder_loss(tiny, latents[:2], full_pictures(pipe.vae, latents[:2])).backward()
     assert all(p.grad is not None for p in tiny.decoder.parameters()) and all(p.grad is None for p in pipe.vae.parameters())
 
 
@@ -101,9 +101,16 @@ def test_training_brings_it_nearer_is_seeded_and_leaves_the_autoencoder(pipe, la
     assert all(torch.equal(v, before[k]) for k, v in pipe.vae.state_dict().items())
 
 
-def test_half_precision_latents_and_bfloat16_products_train(pipe, latents, tmp_path):
-    tiny = train_tiny(latents.half(), pipe.vae, tmp_path, bf16=True, **QUICK)
+@pytest.mark.parametrize('pool', [None, 5])
+def test_half_precision_latents_and_bfloat16_products_train(pipe, latents, tmp_path, pool):
+    tiny = train_tiny(latents.half(), pipe.vae, tmp_path, bf16=True, pool=pool, **QUICK)
     assert all(p.isfinite().all() for p in tiny.parameters())
+
+
+def test_a_pool_learns_the_same_pictures(pipe, latents, tmp_path):
+    options = dict(steps=60, batch_size=4, held=4, progress=False)
+    anew, pooled = (train_tiny(latents, pipe.vae, tmp_path/str(pool), pool=pool, **options).facts['psnr'] for pool in (None, 64))
+    assert abs(anew - pooled) < 1.5 and pooled > decoder_psnr(build_tiny(), pipe.vae, latents[-4:])
 
 
 @pytest.mark.parametrize('change, words', [
