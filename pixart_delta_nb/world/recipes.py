@@ -23,6 +23,7 @@ from ..text import encode_captions
 from .autoencoder import pixels, train_vae
 from .captions import describe, make
 from .language import score_text, train_text_encoder
+from .raytracer import truth_maps
 from .scenes import render_many, stream_scenes
 from .truths import SEEN, truth
 from .words import attributes
@@ -95,8 +96,8 @@ class Marked(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         image = pixels(self.scenes.images, i)                                   # (3, H, W)
-        things = truth(make(self.scenes.seed, i)[0], 'segmentation', image.shape[-1])[:1] > -1
-        return {'image': torch.cat([image, F.max_pool2d(things.float(), 5, 1, 2)])}
+        things = truth_maps(make(self.scenes.seed, i)[0], image.shape[-1], 1)['masks'][2:].sum(0, keepdim=True)
+        return {'image': torch.cat([image, F.max_pool2d(things, 5, 1, 2)])}
 
 def make_vae(
     data: str | Path, # folder of pictures
