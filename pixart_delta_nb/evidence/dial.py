@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from ..consistency import lcm_timesteps
 from ..core import progress
-from .distances import features_of, frechet_distance, with_interval
+from .distances import features_of, leaving_out, with_interval
 from .figured import Figured, measured
 from .kit import Kit, Method, images_of, reconstructed
 from .redraws import latents_of, renders_given, told
 from .texture import MIDDLE, texture_energy, texture_ratio
+from .unbiased import excess, principal_directions
 from ..plots import PALETTE, use_style
 from ..world.captions import LEVELS
 from ..world.raytracer import render
@@ -57,6 +58,7 @@ def mode_variances(
     length = torch.fft.fftfreq(h)[:, None]**2 + torch.fft.fftfreq(w)**2
     return torch.linalg.eigvalsh(covariance[length >= shortest**-2 - 1e-9]).clamp_min(1e-9)
 
+# %% ../../nbs/evidence/dial.ipynb #707af3d7
 def common_energy(
     pictures: torch.Tensor, # (C, m, 3, n, n) in [0, 1], m pictures of each of C captions
     labels: torch.Tensor, # (C, A) what the captions say
@@ -116,28 +118,33 @@ def _measure(kit, method, paper):
 
 def _row(scores, count, **known):
     "Scores (slice -> number) with their intervals."
-    found = {name: with_interval(score, count) for name, score in scores.items()}
+    ways = {'texture': with_interval, 'frechet': leaving_out}
+    found = {name: ways[name](score, count) for name, score in scores.items()}
     return known | {name: value for name, (value, _) in found.items()} | {
         'intervals': {name: interval for name, (_, interval) in found.items()}}
 
 # %% ../../nbs/evidence/dial.ipynb #b56cbd9d
-def _scores(paper, energy, features):
-    "Texture amplitude and Fréchet distance of a slice of the pictures."
+def _scores(paper, basis, energy, features):
+    "Texture amplitude and Fréchet distance without bias of a slice of the pictures."
+    real, fake = ((x - paper['real'].mean(0)) @ basis for x in (paper['real'], features))
     return {'texture': lambda part: texture_ratio(energy[part], paper['coded'][part]),
-            'frechet': lambda part: frechet_distance(paper['real'][part], features[part])}
+            'frechet': lambda part: excess(real[part], fake[part])}
+
+def _gain_of(own, bare):
+    "Scores of the gain of distillation, of the student's and the undistilled network's."
+    return {'texture': lambda part: own['texture'](part)/bare['texture'](part),
+            'frechet': lambda part: bare['frechet'](part) - own['frechet'](part)}
 
 def _level(kit, level, paper, steps, reference):
     "Rows of all methods at one level of detail, and rows of gains."
-    count, rows, gains = len(paper['texts']), [], []
-    add = lambda network, n, scores: rows.append(_row(scores, count, level=level, network=network, steps=n))
-    add('teacher', reference, _scores(paper, *_measure(kit, Method('teacher', reference), paper)))
-    for n in steps:
-        own, bare = (_scores(paper, *_measure(kit, Method(name, n), paper)) for name in ('student', 'undistilled'))
-        add('student', n, own); add('undistilled', n, bare)
-        gain = {'texture': lambda part: own['texture'](part)/bare['texture'](part),
-                'frechet': lambda part: bare['frechet'](part)/own['frechet'](part)}
-        gains.append(_row(gain, count, level=level, steps=n))
-    return rows, gains
+    methods = [Method('teacher', reference), *(Method(name, n) for n in steps for name in ('student', 'undistilled'))]
+    seen, count = {m: _measure(kit, m, paper) for m in methods}, len(paper['texts'])
+    everything = torch.cat([paper['real'], *(features for _, features in seen.values())]) - paper['real'].mean(0)
+    basis = principal_directions(everything, max(1, min(16, count//5)))
+    scores = {m: _scores(paper, basis, *seen[m]) for m in methods}
+    rows = [_row(scores[m], count, level=level, network=m.network, steps=m.steps) for m in methods]
+    pairs = {n: [scores[Method(name, n)] for name in ('student', 'undistilled')] for n in steps}
+    return rows, [_row(_gain_of(*pair), count, level=level, steps=n) for n, pair in pairs.items()]
 
 # %% ../../nbs/evidence/dial.ipynb #a3de415d
 @measured('dial')
@@ -159,13 +166,14 @@ def run_dial(
         ends = predict(kit.teacher, paper['asked'][:captions], draws, steps)
         predicted += [{'level': level, 'knows': knows} | end for knows, end in zip(KNOWS, ends)]
     noise = {str(n): magnified(kit.teacher.alpha_bar, n) for n in steps}
-    return {'images': images, 'steps': list(steps), 'noise': noise, 'rows': rows, 'gains': gains, 'predicted': predicted,
-            'features': 'judge' if kit.features is None else 'ImageNet', 'seeds': {'captions': seed}}
+    return {'images': images, 'steps': list(steps), 'noise': noise, 'rows': rows, 'gains': gains,
+            'predicted': predicted, 'features': 'judge' if kit.features is None else 'ImageNet', 'seeds': {'captions': seed}}
 
 KNOWS = ('the caption alone', 'all but the texture')
 
 # %% ../../nbs/evidence/dial.ipynb #a829b40d
-AXES = {'texture': 'texture over that of\nreconstructed renders', 'frechet': 'Fréchet distance'}
+AXES = {'texture': 'texture over that of\nreconstructed renders',
+        'frechet': 'Fréchet distance without\nbias, over the variance'}
 
 def _curve(ax, rows, value, **look):
     "A score by level of detail, with bars."
@@ -178,7 +186,8 @@ def _curve(ax, rows, value, **look):
 def _predicted(ax, found, steps):
     "The range between the two ends of the prediction."
     ends = [[p['kept'][str(steps)] for p in found['predicted'] if p['knows'] == knows] for knows in KNOWS]
-    ax.fill_between(range(len(LEVELS)), *ends, color='.82', lw=0, label='undistilled, predicted (equation 4)')
+    ax.fill_between(range(len(LEVELS)), *ends, facecolor='.82', edgecolor='.6', lw=1.5,
+                    label='undistilled, predicted (equation 4)')
 
 # %% ../../nbs/evidence/dial.ipynb #b7ea1826
 def _column(axes, found, steps):
@@ -198,10 +207,8 @@ def _gain(ax, found, value):
         rows = [g for g in found['gains'] if g['steps'] == steps]
         _curve(ax, rows, value, marker='os^D'[k % 4], color=PALETTE[k % 7],
                label=f'{steps} evaluation' + 's'*(steps > 1))
-    ax.axhline(1, color='k', lw=.8)
-    ax.set_yscale('log', base=2)
-    ax.yaxis.set_major_formatter('{x:g}')
-    labels = {'texture': 'texture:\nstudent / undistilled', 'frechet': 'Fréchet distance:\nundistilled / student'}
+    ax.axhline({'texture': 1, 'frechet': 0}[value], color='k', lw=.8)
+    labels = {'texture': 'texture:\nstudent / undistilled', 'frechet': 'Fréchet distance:\nundistilled - student'}
     ax.set(ylabel=labels[value])
 
 # %% ../../nbs/evidence/dial.ipynb #723126a3
@@ -214,7 +221,8 @@ def draw_dial(found: dict): # of `run_dial`
     axes = top.subplots(2, n, sharex=True, sharey='row', squeeze=False)
     for i, steps in enumerate(found['steps']): _column(axes[:, i], found, steps)
     for ax, (value, label) in zip(axes[:, 0], AXES.items()): ax.set_ylabel(label)
-    axes[0, 0].set_ylim(bottom=0); axes[1, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylim(bottom=0)
+    for ax in axes[1]: ax.axhline(0, color='k', lw=.6)
     top.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
     gains = bottom.subplots(1, 2)
     for ax, value in zip(gains, AXES): _gain(ax, found, value)
@@ -251,8 +259,8 @@ def _ends(rows, value, **known):
 def _sentence(found, steps):
     "Texture and gain at one number of evaluations."
     bare, own = (_ends(found['rows'], 'texture', network=n, steps=steps) for n in ('undistilled', 'student'))
-    return (f"{steps} evaluation{'s'*(steps > 1)}: texture {bare} undistilled, {own} student; the undistilled Fréchet "
-            f"distance is {_ends(found['gains'], 'frechet', steps=steps)} times the student's.")
+    return (f"{steps} evaluation{'s'*(steps > 1)}: texture {bare} undistilled, {own} student; the undistilled "
+            f"Fréchet distance less the student's: {_ends(found['gains'], 'frechet', steps=steps)}.")
 
 def _error(found):
     "The error of the noise that would explain texture beyond the prediction at one evaluation, in percent."
@@ -264,6 +272,7 @@ def _error(found):
     percent = 100*max(seen**2 - kept**2, 0)**.5*s/found['noise']['1']
     return f' What it has beyond that at one evaluation is an error of {percent:.1f} % of the noise, magnified.'
 
+# %% ../../nbs/evidence/dial.ipynb #a2468bdd
 def tell_dial(found: dict) -> str: # of `run_dial`
     "Texture and gain from full detail to none, and how the prediction fared."
     reference = next(r['steps'] for r in found['rows'] if r['network'] == 'teacher')
