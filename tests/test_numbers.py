@@ -58,10 +58,12 @@ def measured() -> set:
 def computed() -> list:
     "The sentences and table cells that the package computes from the stored numbers, intervals and means among them."
     from pixart_delta_nb.evidence.figures import stored_figures
-    from pixart_delta_nb.evidence.results import rows_of
+    from pixart_delta_nb.evidence.results import rows_of, tell_quality
+    from pixart_delta_nb.evidence.targets import marks_of, tell_marks
     read = lambda path: json.loads(path.read_text(encoding='utf-8'))
     told = [entry.tell(found) for entry, found in stored_figures(ROOT/'results')]
-    return told + [cell for name in ('reproduce', 'evaluate') for row in rows_of(read(ROOT/f'results/{name}/results.json'))[1] for cell in row]
+    tables = [read(path) for path in (ROOT/'results').glob('*/results.json')]
+    return told + [cell for table in tables for row in rows_of(table)[1] for cell in row] + [tell_quality(table) for table in tables] + [tell_marks(marks_of())]
 
 
 @pytest.mark.parametrize('name', ['README.md', 'results/README.md'])
@@ -133,9 +135,10 @@ def test_checker_knows_seconds_an_image():
     assert set(an_image(found)) == {.5, .25, .05, .3}
 
 
-def test_stored_scores_say_what_the_notebooks_say_of_them():
+@pytest.mark.parametrize('path', sorted(ROOT.glob('results/*/results.json')), ids=lambda p: p.parent.name)
+def test_stored_scores_say_what_the_notebooks_say_of_them(path):
     "Texture and distance tell the student from the undistilled network at 4, 2 and 1 evaluations, beyond their intervals."
-    rows = {r['method']: r for r in json.loads((ROOT/'results/evaluate/results.json').read_text(encoding='utf-8'))['quality']}
+    rows = {r['method']: r for r in json.loads(path.read_text(encoding='utf-8'))['quality']}
     for n in (4, 2, 1):
         student, plain = rows[f'student {n}'], rows[f'undistilled {n}']
         assert student['intervals']['frechet_imagenet'][1] < plain['intervals']['frechet_imagenet'][0]

@@ -16,7 +16,7 @@ from .kit import Kit, Method, exam, grade, images_of
 @measured('lora')
 def run_lora(
     kit: Kit, # with a LoRA
-    images=512, # captions
+    images=128, # captions
     steps=(4, 2, 1),
     seed=101, # of the captions
 ) -> dict:
@@ -59,4 +59,4 @@ def tell_lora(found: dict) -> str: # of `run_lora`
         text.append(f"{few} step{'s'*(few > 1)}: accuracy {right}; Fréchet distance {ratios} times the student's{overlap}.")
     return ' '.join(text)
 
-FIGURE = Figured('LCM-LoRA beside the full student (§3.3)', run_lora, draw_lora, tell_lora, 512*2*(4 + 2 + 1))
+FIGURE = Figured('LCM-LoRA beside the full student (§3.3)', run_lora, draw_lora, tell_lora, 128*2*(4 + 2 + 1))

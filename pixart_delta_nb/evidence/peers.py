@@ -61,8 +61,8 @@ def sample_with(
 @measured('peers')
 def run_peers(
     kit: Kit,
-    images=64, # captions
-    calls=(1, 2, 4, 8, 14, 25), # guided calls of the teacher
+    images=32, # captions
+    calls=(1, 2, 4, 8, 14), # guided calls of the teacher
     student_steps=(1, 2, 4, 8),
     solvers=tuple(SOLVERS),
     guidance_scale=None, # s = 1 + ω of the teacher; the student's if None
@@ -105,4 +105,4 @@ def tell_peers(found: dict) -> str: # of `run_peers`
     return ' '.join(text)
 
 # %% ../../nbs/evidence/peers.ipynb #913e4fae
-FIGURE = Figured('Quality against evaluations', run_peers, draw_peers, tell_peers, 64*(4*2*54 + 2*49 + 15))
+FIGURE = Figured('Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*29 + 2*24 + 15))
