@@ -174,4 +174,4 @@ def tell_fig2(found: dict) -> str: # of `run_fig2`
                     + _statements(ends))
 
 FIGURE = Figured('Distilling with other ω (Fig. 2)', run_fig2, draw_fig2, tell_fig2,
-                 16*1000*6 + 5*64*(1 + 4))
+                 16*600*6 + 7*64*(1 + 4))

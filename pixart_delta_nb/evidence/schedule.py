@@ -31,7 +31,7 @@ def run_schedule(
     kit: Kit,
     run='runs/schedule', # folder of the runs
     data=None, # D_z, see `snapshots`
-    steps=1000, # of distillation
+    steps=600, # of distillation
     images=64, captions=4, seed=101, # captions that are graded; those that are shown; their data set
     few=4, # steps of the student's sampler
     **settings # of `snapshots`
@@ -90,4 +90,4 @@ def tell_schedule(found: dict) -> str: # of `run_schedule`
     return ' '.join(text)
 
 FIGURE = Figured('Distilled on the wrong schedule (§3.3)', run_schedule, draw_strip_of, tell_schedule,
-                 2*1000*16*6 + 6*64*4)
+                 2*600*16*6 + 6*64*4)
