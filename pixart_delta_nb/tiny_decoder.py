@@ -139,6 +139,7 @@ def train_tiny(
     device: str = 'cpu', # where it runs
     bf16: bool = False, # products in bfloat16
     pool: int | None = None, # latents decoded once and drawn from; None: each step decodes its own
+    start=None, # AutoencoderTiny to go on from, left as it is; None for a new one
     log=None, # called with {'step', 'loss'} every 50 steps
     progress: bool | None = None, # False for silence
     **shape # of `build_tiny`
@@ -148,13 +149,15 @@ def train_tiny(
     seed_everything(seed)
     generator = torch.Generator(device).manual_seed(seed)
     full = copy.deepcopy(vae).float().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    tiny = build_tiny(vae.config.latent_channels, **shape).train().to(device, memory_format=torch.channels_last)
+    tiny = build_tiny(vae.config.latent_channels, **shape) if start is None else copy.deepcopy(start).float()
+    tiny = tiny.train().to(device, memory_format=torch.channels_last)
     latents = latents.to(device)
     train, rest = latents[:len(latents) - held], latents[len(latents) - held:]
     draw = _source(full, train, batch_size, disturb, generator, bf16, pool)
     _fit(tiny, lambda: decoder_loss(tiny, *draw(), bf16), steps, lr, log, progress)
     psnr = {'psnr': decoder_psnr(tiny.eval(), full, rest)} if held else {}
-    tiny.facts = {'vae': fingerprint(vae), 'steps': steps, 'batch_size': batch_size, 'latents': len(train)} | psnr
+    before = getattr(start, 'facts', {}).get('steps', 0)
+    tiny.facts = {'vae': fingerprint(vae), 'steps': before + steps, 'batch_size': batch_size, 'latents': len(train)} | psnr
     save_decoder(tiny, Path(out)/'vae_tiny')
     return tiny
 

@@ -113,6 +113,14 @@ def test_a_pool_learns_the_same_pictures(pipe, latents, tmp_path):
     assert abs(anew - pooled) < 1.5 and pooled > decoder_psnr(build_tiny(), pipe.vae, latents[-4:])
 
 
+def test_training_goes_on_from_a_decoder_and_leaves_it(pipe, latents, made, tmp_path):
+    start = with_decoder(pipe, made).decoder
+    before = {k: v.clone() for k, v in start.state_dict().items()}
+    further = train_tiny(latents, pipe.vae, tmp_path, start=start, lr=0., **QUICK)
+    assert all(torch.equal(v, before[k]) and torch.equal(v, start.state_dict()[k]) for k, v in further.state_dict().items())
+    assert further.facts['steps'] == 6 and with_decoder(pipe, tmp_path/'vae_tiny').decoder.facts['steps'] == 6
+
+
 @pytest.mark.parametrize('change, words', [
     (dict(latents=torch.zeros(9, 3, 8, 8)), r'must be \(N, 4, h, w\)'), (dict(latents=torch.zeros(2, 4, 8, 8)), 'held out'),
     (dict(latents=torch.full((9, 4, 8, 8), float('nan'))), 'lower the learning rate')])
