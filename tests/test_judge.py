@@ -7,12 +7,12 @@ import torch
 import torch.nn as nn
 
 from pixart_delta_nb.evidence.judge import (
-    ABSENT, DOUBT, FIRST, KIND_OF, LAST, Evaluator, as_scores, attribute_accuracy, attribute_log_probs, augment, blurred,
-    chance_accuracy, load_evaluator, read_attributes, said_scores, save_evaluator, shifted, standing)
+    ABSENT, DOUBT, FIRST, KIND_OF, LAST, Evaluator, Eye, as_scores, attribute_accuracy, attribute_log_probs, augment,
+    blurred, chance_accuracy, load_evaluator, own_state, read_attributes, said_scores, save_evaluator, shifted)
 from pixart_delta_nb.evidence.judge_training import evaluator_loss, keep_evaluator, targets, train_evaluator
 from pixart_delta_nb.world.captions import make
 from pixart_delta_nb.world.raytracer import render
-from pixart_delta_nb.world.words import ATTRIBUTES, KINDS, LAYOUTS, SLOTS, attributes
+from pixart_delta_nb.world.words import ATTRIBUTES, KINDS, SLOTS, attributes
 
 NAMES = list(ATTRIBUTES)
 
@@ -58,7 +58,7 @@ def test_evaluator_has_the_promised_shapes_and_size():
     assert [p[:ABSENT].sum().item() for p in possible[0]] == [len(v) for v in ATTRIBUTES.values()]
     assert possible[0, :, ABSENT].tolist() == [kind in KINDS for kind in KIND_OF]
     assert model.features(x).shape == (2, 128)
-    assert 2*sum(p.numel() for p in model.parameters()) < 3e6                   # bytes in half precision
+    assert 2*sum(v.numel() for v in own_state(model).values()) < 1.5e6          # bytes in half precision
 
 
 def test_probabilities_sum_to_one_over_the_classes_of_each_attribute(renders):
@@ -66,23 +66,19 @@ def test_probabilities_sum_to_one_over_the_classes_of_each_attribute(renders):
     torch.testing.assert_close(logs.exp().sum(-1), torch.ones(2, len(ATTRIBUTES)))
 
 
-def test_a_look_is_an_average_over_places(renders):
+def test_the_eye_is_frozen_and_not_saved():
     model = Evaluator()
-    with torch.no_grad():
-        seen = model.map(renders[:2].float()/127.5 - 1)
-        whole = model.whole(seen)
-        gaze = model.gaze(seen.flatten(2).mT, whole, model.of_all(whole).unflatten(1, (-1, ABSENT + 1)))
-    assert gaze.shape == (2, SLOTS, 64)
-    torch.testing.assert_close(gaze.sum(-1), torch.ones(2, SLOTS))
+    trained = {name.split('.')[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert 'eye' not in trained and {'read', 'layers', 'of_one'} <= trained
+    assert not any(name.startswith('eye') for name in own_state(model))
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_things_stand_where_scenes_put_them(layout):
-    table, spots = standing(layout), len(LAYOUTS[layout])
-    torch.testing.assert_close(table.sum(1), torch.ones(SLOTS))
-    assert (table[spots:] == table[spots:].mean()).all() if spots < SLOTS else True
-    middle = (table*(torch.arange(64) % 8 + .5)).sum(1)[:spots]                 # mean column of each thing
-    assert torch.tensor(sum(x for x, _ in LAYOUTS[layout])/spots) == pytest.approx((middle.mean().item() - 4)*.8, abs=.4)
+def test_the_eye_keeps_colours_in_their_place():
+    x = torch.zeros(1, 3, 128, 128)
+    x[0, 1, :64, 64:] = 1                                                       # green above to the right
+    colours = Eye()(x)[0, :, -12:].unflatten(0, (14, 14))                       # 3 colours of 4 quarters
+    green = colours.unflatten(-1, (3, 4))[:, :, 1]
+    assert (green[:7, 7:] == 4).all() and green[7:].abs().max() == green[:, :7].abs().max() == 0
 
 
 def test_augment_stays_in_range_and_follows_its_generator():
@@ -168,10 +164,10 @@ def test_kept_evaluator_is_the_one_that_was_measured(tmp_path, renders, labels):
 
 
 def test_saved_evaluator_comes_back(tmp_path):
-    model = Evaluator().half().float().eval()
+    model = Evaluator().eval()
     save_evaluator(model, tmp_path, {'seed': 7})
     back = load_evaluator(tmp_path).state_dict()
-    assert all(torch.equal(v, back[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v.half().float(), back[k]) for k, v in own_state(model).items())
 
 
 def test_missing_evaluator_is_one_sentence(tmp_path):
