@@ -53,7 +53,7 @@ def table_lines(
 @measured('attributes')
 def run_attributes(
     kit: Kit,
-    images=64, # captions of each column
+    images=48, # captions of each column
     methods=(Method('teacher', 14), Method('student', 4)),
     seed=101, # of the captions
 ) -> dict:
@@ -97,4 +97,4 @@ def tell_attributes(found: dict) -> str: # of `run_attributes`
     return ' '.join(text)
 
 FIGURE = Figured('Attributes by category: seen and unseen pairs, new words', run_attributes, draw_attributes,
-                 tell_attributes, 192*(28 + 4))
+                 tell_attributes, 144*(28 + 4))

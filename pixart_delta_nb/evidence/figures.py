@@ -55,9 +55,10 @@ def estimate(
 @contextlib.contextmanager
 def _training(run, settings, from_scratch):
     "Removes the runs that a figure would find, unless they were cut off in here: those go on."
-    folder = inspect.signature(run).parameters.get('run')
+    given = inspect.signature(run).parameters.get('run')
+    folder = settings.get('run', given and given.default)
     if folder is None: yield; return
-    folder = Path(settings.get('run', folder.default))
+    folder = Path(folder)
     if from_scratch and not (folder/'unfinished').is_file():
         for note in list(folder.rglob('run.json')): shutil.rmtree(note.parent)
     folder.mkdir(parents=True, exist_ok=True); (folder/'unfinished').touch()
