@@ -147,7 +147,7 @@ def test_all_but_the_weights_stays_small():
 def test_weights_are_safetensors_within_the_limit():
     files = [p for p in WEIGHTS.rglob('*') if p.is_file()]
     assert {p.suffix for p in files} <= {'.safetensors', '.json', '.md'}
-    assert sum(p.stat().st_size for p in files) <= 58_000_000
+    assert sum(p.stat().st_size for p in files) <= 59_000_000
 
 
 def test_there_is_one_page_and_one_file_a_figure():
