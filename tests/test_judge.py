@@ -9,7 +9,7 @@ import torch.nn as nn
 from pixart_delta_nb.evidence.judge import (
     ABSENT, DOUBT, FIRST, KIND_OF, LAST, Evaluator, Eye, as_scores, attribute_accuracy, attribute_log_probs, augment,
     blurred, chance_accuracy, load_evaluator, own_state, read_attributes, said_scores, save_evaluator, shifted)
-from pixart_delta_nb.evidence.judge_training import evaluator_loss, keep_evaluator, targets, train_evaluator
+from pixart_delta_nb.evidence.judge_training import evaluator_loss, keep_evaluator, looked_at, targets, train_evaluator
 from pixart_delta_nb.world.captions import make
 from pixart_delta_nb.world.raytracer import render
 from pixart_delta_nb.world.words import ATTRIBUTES, KINDS, SLOTS, attributes
@@ -58,7 +58,7 @@ def test_evaluator_has_the_promised_shapes_and_size():
     assert [p[:ABSENT].sum().item() for p in possible[0]] == [len(v) for v in ATTRIBUTES.values()]
     assert possible[0, :, ABSENT].tolist() == [kind in KINDS for kind in KIND_OF]
     assert model.features(x).shape == (2, 128)
-    assert 2*sum(v.numel() for v in own_state(model).values()) < 1.5e6          # bytes in half precision
+    assert 2*sum(v.numel() for v in own_state(model).values()) < 2e6            # bytes in half precision
 
 
 def test_probabilities_sum_to_one_over_the_classes_of_each_attribute(renders):
@@ -131,20 +131,15 @@ def test_training_leaves_the_global_random_state_alone(renders, labels):
 
 
 def test_training_learns_pictures_by_heart(renders, labels):
-    model = train_evaluator(renders[:6], labels[:6], 40, batch_size=6)
+    model = train_evaluator(renders[:6], labels[:6], 150, batch_size=6)
     assert attribute_accuracy(model, renders[:6], labels[:6], draws=2)['overall'] > .9
 
 
-def test_every_picture_is_seen_in_each_pass(renders, labels):
-    seen = []
-    order = torch.arange(24).reshape(24, 1, 1, 1).to(torch.uint8).expand(24, 3, 128, 128).clone()
-    import pixart_delta_nb.evidence.judge_training as jt
-    original = jt._step
-    try:
-        jt._step = lambda m, o, x, y, *rest: seen.append(x[:, 0, 0, 0].tolist()) or torch.zeros(())
-        train_evaluator(order, labels, 6, batch_size=8)
-    finally: jt._step = original
-    assert all(sorted(sum(seen[i:i + 3], [])) == list(range(24)) for i in (0, 3))
+def test_the_eye_looks_at_each_picture_once(renders):
+    eye = Evaluator().eye
+    seen = looked_at(eye, renders[:3], torch.Generator().manual_seed(0), batch_size=2)
+    again = looked_at(eye, renders[:3], torch.Generator().manual_seed(0), batch_size=2)
+    assert seen.shape == (3, Eye.places, Eye.width) and seen.dtype == torch.float16 and torch.equal(seen, again)
 
 
 @pytest.mark.parametrize('bad, word', [('float', 'uint8'), ('rows', 'one row'), ('steps', 'steps is 0')])

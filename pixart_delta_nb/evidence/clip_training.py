@@ -51,7 +51,7 @@ def clip_step(
     generator: torch.Generator, # of batches and disturbances, on that device
     bf16: bool = False, # matrix products in bfloat16
 ): # (step, steps) -> scalar loss
-    "A step of equation (1) on pictures and captions that are at hand; `ValueError` for a batch of one or of too many."
+    "A step of the contrastive loss on pictures and captions that are at hand; `ValueError` for a batch of one or of too many."
     n, device = len(images), images.device
     require(n >= batch_size > 1 and len(captions) % n == 0 and captions,
             lambda: f'there are {n} images and {len(captions)} captions for a batch_size of {batch_size}; a batch of at '
