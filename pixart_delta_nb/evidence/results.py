@@ -91,7 +91,7 @@ def distance_ratios(
     for a, b in ((a, b.format(a.split()[1])) for a, b in PAIRS):
         if not {a, b} <= set(by): continue
         one, two = (by[m].get('intervals', {}).get(score) for m in (a, b))
-        apart = None if None in (one, two) else one[1] < two[0] or two[1] < one[0]
+        apart = None if None in (one, two) else bool(one[1] < two[0] or two[1] < one[0])
         found[a, b] = {'ratio': by[a][score]/by[b][score], 'apart': apart}
     return found
 
