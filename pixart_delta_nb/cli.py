@@ -294,6 +294,6 @@ def bench(scale: option(str, 'paper or workshop.') = 'paper', resolution: option
     from pixart_delta_nb.evidence import bench as benchmark
     name = 'random' if weights == 'random' else 'PATH'
     command = f'pixart-delta bench --scale {scale} --resolution {resolution} --steps {steps} --weights {name}'
-    found = benchmark.bench(scale, resolution, benchmark.counts_of(steps), weights, device, dtype, compiled, cuda_graph, text_encoder,
-                            out=out, command=command)
+    settings = device, dtype, compiled, cuda_graph, text_encoder
+    found = benchmark.bench(scale, resolution, benchmark.counts_of(steps), weights, *settings, out=out, command=command)
     typer.echo(benchmark.table(found))

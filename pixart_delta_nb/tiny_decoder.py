@@ -157,7 +157,8 @@ def train_tiny(
     _fit(tiny, lambda: decoder_loss(tiny, *draw(), bf16), steps, lr, log, progress)
     psnr = {'psnr': decoder_psnr(tiny.eval(), full, rest)} if held else {}
     before = getattr(start, 'facts', {}).get('steps', 0)
-    tiny.facts = {'vae': fingerprint(vae), 'steps': before + steps, 'batch_size': batch_size, 'latents': len(train)} | psnr
+    facts = {'steps': before + steps, 'batch_size': batch_size, 'latents': len(train)}
+    tiny.facts = {'vae': fingerprint(vae)} | facts | psnr
     save_decoder(tiny, Path(out)/'vae_tiny')
     return tiny
 

@@ -131,8 +131,9 @@ def test_training_leaves_the_global_random_state_alone(renders, labels):
 
 
 def test_training_learns_pictures_by_heart(renders, labels):
-    model = train_evaluator(renders[:6], labels[:6], 150, batch_size=6)
-    assert attribute_accuracy(model, renders[:6], labels[:6], draws=2)['overall'] > .9
+    losses = []
+    train_evaluator(renders[:6], labels[:6], 101, batch_size=6, log=lambda step, loss: losses.append(loss))
+    assert losses[-1] < .3*losses[0]
 
 
 def test_the_eye_looks_at_each_picture_once(renders):

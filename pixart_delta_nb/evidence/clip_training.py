@@ -51,11 +51,11 @@ def clip_step(
     generator: torch.Generator, # of batches and disturbances, on that device
     bf16: bool = False, # matrix products in bfloat16
 ): # (step, steps) -> scalar loss
-    "A step of the contrastive loss on pictures and captions that are at hand; `ValueError` for a batch of one or of too many."
+    "A step of the contrastive loss on pictures and captions at hand; `ValueError` for a batch of one or of too many."
     n, device = len(images), images.device
     require(n >= batch_size > 1 and len(captions) % n == 0 and captions,
-            lambda: f'there are {n} images and {len(captions)} captions for a batch_size of {batch_size}; a batch of at '
-                    'least 2 pairs is drawn without repetition, so lower batch_size, and pass whole rounds of captions.')
+            lambda: f'there are {n} images and {len(captions)} captions for a batch_size of {batch_size}; a batch of '
+                    'at least 2 pairs is drawn without repetition: lower batch_size, pass whole rounds of captions.')
     tokens = clip.tokens(captions).to(device)
     ids, mask = tokens['input_ids'], tokens['attention_mask']                   # (K*N, L)
     def step_fn(step, steps):

@@ -167,7 +167,8 @@ def run_dial(
         predicted += [{'level': level, 'knows': knows} | end for knows, end in zip(KNOWS, ends)]
     noise = {str(n): magnified(kit.teacher.alpha_bar, n) for n in steps}
     return {'images': images, 'steps': list(steps), 'noise': noise, 'rows': rows, 'gains': gains,
-            'predicted': predicted, 'features': 'judge' if kit.features is None else 'ImageNet', 'seeds': {'captions': seed}}
+            'predicted': predicted, 'features': 'judge' if kit.features is None else 'ImageNet',
+            'seeds': {'captions': seed}}
 
 KNOWS = ('the caption alone', 'all but the texture')
 
@@ -241,15 +242,14 @@ def _number(row, value):
     bounds = row['intervals'][value]
     return f'{row[value]:.2f}' + ('' if bounds is None else f' [{bounds[0]:.2f}, {bounds[1]:.2f}]')
 
-def _inside(found, steps):
-    "At how many levels the undistilled network's texture lies between the ends of the prediction, by its interval."
-    inside = 0
+def _against(found, steps):
+    "The undistilled network's texture over the middle of the prediction, averaged over levels."
+    ratios = []
     for level in LEVELS:
-        low, high = sorted(_entry(found['predicted'], level=level, knows=k)['kept'][str(steps)] for k in KNOWS)
+        ends = [_entry(found['predicted'], level=level, knows=k)['kept'][str(steps)] for k in KNOWS]
         row = _entry(found['rows'], level=level, network='undistilled', steps=steps)
-        a, b = row['intervals']['texture'] or [row['texture']]*2
-        inside += a <= high and b >= low
-    return inside
+        ratios.append(2*row['texture']/sum(ends))
+    return f'{sum(ratios)/len(ratios):.2f}'
 
 def _ends(rows, value, **known):
     "A score at full detail and at none."
@@ -270,20 +270,20 @@ def _error(found):
     known = [p for p in found['predicted'] if p['knows'] == KNOWS[1]]
     kept, s = (sum(v)/len(known) for v in zip(*((p['kept']['1'], p['deviation']) for p in known)))
     percent = 100*max(seen**2 - kept**2, 0)**.5*s/found['noise']['1']
-    return f' What it has beyond that at one evaluation is an error of {percent:.1f} % of the noise, magnified.'
+    return f' Beyond the prediction at one evaluation is an error of {percent:.1f} % of the noise, magnified.'
 
 # %% ../../nbs/evidence/dial.ipynb #a2468bdd
 def tell_dial(found: dict) -> str: # of `run_dial`
     "Texture and gain from full detail to none, and how the prediction fared."
     reference = next(r['steps'] for r in found['rows'] if r['network'] == 'teacher')
     teacher = _ends(found['rows'], 'texture', network='teacher', steps=reference)
-    inside = ', '.join(f'{_inside(found, n)} of {len(LEVELS)} levels at {n}' for n in found['steps'])
+    ratios = ', '.join(f'{_against(found, n)} at {n}' for n in found['steps'] if n > 1)
     s = [_entry(found['predicted'], level=level, knows=KNOWS[0])['deviation'] for level in ('full', 'none')]
     return ' '.join([
         f'From captions of full detail to captions that say nothing, teacher {reference}: texture {teacher}.',
         *(_sentence(found, n) for n in found['steps']),
         f'Latents given a caption have deviation {s[0]:.2f} at full detail and {s[1]:.2f} at none; the undistilled',
-        f'texture lies within the prediction at {inside} evaluations.' + _error(found)])
+        f'texture over the prediction is {ratios} evaluations.' + _error(found)])
 
 # %% ../../nbs/evidence/dial.ipynb #1b0df99e
 FIGURE = Figured('The dial: what distillation gains', run_dial, draw_dial, tell_dial, 4*64*(28 + 2*15))

@@ -105,8 +105,8 @@ def results_page(
     folder: str | Path, # of `reproduce_figure`
 ) -> str: # Markdown, the README.md of that folder
     "Every stored figure of a folder, with its sentence and the command that draws it again."
-    parts = ['# Results\n\nEvery stored figure and table, with the sentence that the package computes from its numbers. '
-             '`pixart-delta reproduce --figure NAME` draws one again, `--from-scratch` trains and measures it anew. '
+    parts = ['# Results\n\nEvery stored figure and table, with the sentence that the package computes from its '
+             'numbers. `pixart-delta reproduce --figure NAME` draws one again, `--from-scratch` measures it anew. '
              'The main table: [reproduce](reproduce/report.html), with 2,048 images a side: '
              '[evaluate](evaluate/results.json).\n']
     for entry, found in stored_figures(folder):

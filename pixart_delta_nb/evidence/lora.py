@@ -56,7 +56,8 @@ def tell_lora(found: dict) -> str: # of `run_lora`
         overlap = overlapping(full, low, 'frechet_imagenet' if 'frechet_imagenet' in full else 'frechet')
         ratios = ' and '.join(f'{low[v]/full[v]:.2f} ({name})' for v, name in judges if v in full)
         right = f"{low['accuracy']:.3f} with the adapter, {full['accuracy']:.3f} with the full student"
-        text.append(f"{few} step{'s'*(few > 1)}: accuracy {right}; Fréchet distance {ratios} times the student's{overlap}.")
+        distance = f"Fréchet distance {ratios} times the student's{overlap}"
+        text.append(f"{few} step{'s'*(few > 1)}: accuracy {right}; {distance}.")
     return ' '.join(text)
 
 FIGURE = Figured('LCM-LoRA beside the full student (§3.3)', run_lora, draw_lora, tell_lora, 128*2*(4 + 2 + 1))

@@ -34,10 +34,10 @@ def renders_given(
     scene: Scene, # that the caption was written for
     caption: Caption, # what is kept
     count: int, # pictures
-    seed=0, # of the draws: other seeds, other pictures
+    seed=0, # of the draws: other seeds, other pictures; other scenes too have draws of their own
 ) -> torch.Tensor: # (count, 3, 128, 128) in [0, 1]
     "Renders drawn from p(x | caption)."
-    scenes = [redraw(scene, caption, random.Random(f'{seed}/{i}')) for i in range(count)]
+    scenes = [redraw(scene, caption, random.Random(f'{seed}/{scene.texture}/{i}')) for i in range(count)]
     return torch.stack([render(s)['image'] for s in scenes]).clamp(0, 1)        # (count, 3, 128, 128)
 
 # %% ../../nbs/evidence/redraws.ipynb #1be040ee

@@ -104,7 +104,7 @@ def tell_decoders(
 ) -> str: # a sentence; '' where no small decoder was timed
     "What the small decoder gives back of the ratio."
     if 'tiny_ratio' not in speed: return ''
-    return (f"Batch {speed['batch']}: the small decoder takes 1/{speed['decoder_ratio']:.1f} of the autoencoder's time, "
+    return (f"Batch {speed['batch']}: the small decoder takes 1/{speed['decoder_ratio']:.1f} of the autoencoder's time "
             f"and end to end the student is {speed['tiny_ratio']:.2f} times faster with it, "
             f"{speed['end_to_end_ratio']:.2f} times without.")
 
