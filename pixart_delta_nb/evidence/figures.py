@@ -108,7 +108,7 @@ def results_page(
     parts = ['# Results\n\nEvery stored figure and table, with the sentence that the package computes from its '
              'numbers. `pixart-delta reproduce --figure NAME` draws one again, `--from-scratch` measures it anew. '
              'The main table: [reproduce](reproduce/report.html)'
-             + ', with 2,048 images a side: [evaluate](evaluate/results.json)'*(Path(folder)/'evaluate').is_dir() + '.\n']
+             + ', with 2,048 images: [evaluate](evaluate/results.json)'*(Path(folder)/'evaluate').is_dir() + '.\n']
     for entry, found in stored_figures(folder):
         name, file = found['figure'], stored_name(found['figure'])
         picture = f"{file}.{'webp' if 'sheet' in found else 'svg'}"
