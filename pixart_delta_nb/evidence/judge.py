@@ -194,6 +194,12 @@ def _check_labels(labels, images):
             lambda: f'labels have shape {tuple(labels.shape)} for {len(images)} images; '
                     f'give each image a row of {len(ATTRIBUTES)} classes, some of them known.')
 
+def _asked(labels):
+    "What was said and can be seen, which the order of mention cannot: (N, A)."
+    said = labels >= 0
+    said[:, KIND_OF.index('order')] = False
+    return said
+
 def _by_group(right, said, labels):
     "Shares of right answers by category, and by number of things where it is said."
     ratio = lambda r, s: (r.sum()/s.sum()).item()
@@ -213,10 +219,9 @@ def attribute_accuracy(
 ) -> dict: # overall, whole picture, log_likelihood and intervals; category, objects, images: ready for JSON
     "Share of mentioned attributes that the evaluator finds (1, 2), overall and by group, and their log-likelihood (3)."
     _check_labels(labels, images)
-    said = labels >= 0                                                          # (N, A)
-    said[:, KIND_OF.index('order')] = False                                     # not something that one sees
+    said = _asked(labels)                                                       # (N, A)
     logs = attribute_log_probs(evaluator, images)                               # (N, A, ABSENT + 1)
-    right = said_scores(F.one_hot(logs.argmax(-1), ABSENT + 1).float(), labels)*said       # (N, A)
+    right = said_scores(as_scores(logs.argmax(-1)), labels)*said                # (N, A)
     likely = said_scores((logs.exp()*(1 - DOUBT) + DOUBT/(ABSENT + 1)).log(), labels)*said   # (N, A)
     whole = {'overall': (right.sum()/said.sum()).item(), 'log_likelihood': (likely.sum()/said.sum()).item()}
     for name, score in {'interval': right, 'log_likelihood_interval': likely}.items():
@@ -231,8 +236,7 @@ def chance_accuracy(
     rounds: int = 16, # other scenes for each caption
 ) -> float: # between 0 and 1
     "Share of what captions say that is true of scenes that have nothing to do with them."
-    said = labels >= 0
-    said[:, KIND_OF.index('order')] = False
+    said = _asked(labels)
     n, m, rounds = len(labels), len(others), min(rounds, len(others))
     right = lambda k: said_scores(as_scores(others[(torch.arange(n) + k) % m]), labels)*said     # (N, A)
     return (sum(right(k).sum() for k in range(rounds))/said.sum()/rounds).item()
