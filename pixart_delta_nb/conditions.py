@@ -112,7 +112,7 @@ def extract(
 def edge_f_score(
     given: Tensor, # (B, 3, H, W) in [-1, 1]
     extracted: Tensor, # likewise
-    tolerance: int = 1, # τ, pixels; 1 is 0.75 % of the diagonal at 128
+    tolerance: int = 1, # w, pixels; 1 is 0.75 % of the diagonal at 128
 ) -> Tensor: # (B,) in [0, 1]; 1 where neither picture has an edge
     "Boundary F of equation (2); `ValueError` for different shapes or a negative tolerance."
     _same(given, extracted)

@@ -32,9 +32,9 @@ class JoinRows(torch.autograd.Function):
     def forward(ctx, own):                                                          # (n, ...)
         pieces = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
         dist.all_gather(pieces, own.contiguous())
-        return torch.cat(pieces)                                                    # (P n, ...)
+        return torch.cat(pieces)                                                    # (m n, ...)
     @staticmethod
-    def backward(ctx, gradient):                                                    # (P n, ...)
+    def backward(ctx, gradient):                                                    # (m n, ...)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]*dist.get_world_size()
 
 # %% ../nbs/15_scale.ipynb #f6e8f520
