@@ -24,7 +24,6 @@ class Mixture:
     weight: Tensor # (K,), sums to one
     mean: Tensor # (K, D)
     std: Tensor # (K,), standard deviation of each cluster
-
     def __post_init__(self):
         K = len(self.weight)
         require(self.weight.shape == self.std.shape == (K,) and self.mean.ndim == 2 and len(self.mean) == K,
@@ -32,16 +31,14 @@ class Mixture:
                         f'{tuple(self.std.shape)}; they must be (K,), (K, D) and (K,).')
         require_values(self.weight, lambda w: (w > 0).all() and abs(w.sum() - 1) < 1e-6,
                        lambda: f'weight is {self.weight.tolist()}; it must be positive and sum to one.')
-        require_values(self.std, lambda s: (s > 0).all(),
-                       lambda: f'std is {self.std.tolist()}; each cluster must have a width, so pass positive numbers.')
+        require_values(self.std, lambda s: (s > 0).all(), lambda: f'std is {self.std.tolist()}; each must have a width above 0.')
 
     def given(self, clusters: Sequence[int]) -> 'Mixture': # the data that a caption describes
         """Keep some clusters, which is conditioning on a caption that names them.
 
         `ValueError` for one that is not there."""
         require(len(clusters) > 0 and all(0 <= i < len(self.weight) for i in clusters),
-                lambda: f'clusters is {list(clusters)}; it must name some of 0..{len(self.weight) - 1}, so pass for '
-                        'example [0].')
+                lambda: f'clusters is {list(clusters)}; it must name some of 0..{len(self.weight) - 1}, as [0] does.')
         return Mixture(self.weight[clusters] / self.weight[clusters].sum(), self.mean[clusters], self.std[clusters])
 
 # %% ../nbs/02_solvers.ipynb #1ff9f28b
