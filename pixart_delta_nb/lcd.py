@@ -27,7 +27,7 @@ def pseudo_huber(
     b: Tensor, # shaped like `a`
     c: float = 1e-3 # where the quadratic turns linear, in the unit of `a`
 ) -> Tensor: # scalar, float32 at least
-    """Equation (2): quadratic for |a - b| ≪ c, the absolute error for |a - b| ≫ c (released code; not in the report).
+    """Equation (5): quadratic for |a - b| ≪ c, the absolute error for |a - b| ≫ c (released code; not in the report).
 
     Raises `ValueError` for mismatched shapes, which would broadcast, and for c ≤ 0."""
     require(a.shape == b.shape, lambda: f'a has shape {tuple(a.shape)} and b {tuple(b.shape)}, but they must be equal; '
