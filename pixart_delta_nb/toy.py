@@ -105,7 +105,7 @@ def exact_map(
 # %% ../nbs/04_toy.ipynb #5de3c83f
 class ToyNet(nn.Module):
     "Noise prediction for points in the plane, equation (2); `ValueError` for a table, a width or a label that fails."
-    def __init__(self, classes: int, alpha_bar: Tensor, data_std: float, width: int = 96): # data_std: s_d, per axis
+    def __init__(self, classes: int, alpha_bar: Tensor, data_std: float, width: int = 96): # data_std: σ_d, per axis
         super().__init__()
         check_alpha_bar(alpha_bar)
         require(data_std > 0, lambda: f'data_std is {data_std}; the data must vary, so pass a positive number.')
@@ -125,9 +125,8 @@ class ToyNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         _check_label(label, self.null)
         ab = at(self.alpha_bar, t, x)                                                            # (B, 1)
-        scale = (ab*self.data_std**2 + 1 - ab).sqrt()
-        left = self.body(self.features(x, t, label))
-        return gaussian_eps(x, ab, self.data_std) - ab.sqrt()*self.data_std/scale*left           # (B, 2)
+        shrink = ab.sqrt()*self.data_std/(ab*self.data_std**2 + 1 - ab).sqrt()
+        return gaussian_eps(x, ab, self.data_std) - shrink*self.body(self.features(x, t, label)) # (B, 2)
 
 # %% ../nbs/04_toy.ipynb #ca3695d8
 def fit_eps(
@@ -140,8 +139,7 @@ def fit_eps(
 ) -> ToyNet: # `network`
     "Regress a network on `exact_eps` without guidance; `ValueError` for fewer than one step."
     require(steps >= 1 and batch_size >= 1,
-            lambda: f'steps is {steps} and batch_size {batch_size}; both must be at least 1, so pass for example 1500 '
-                    'and 512.')
+            lambda: f'steps is {steps} and batch_size {batch_size}; both must be at least 1, as 1500 and 512 are.')
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.)
     for i in range(steps):
@@ -153,9 +151,7 @@ def fit_eps(
         x = add_noise(z, torch.randn(z.shape, generator=g), ab)
         weight = (ab*network.data_std**2 + 1 - ab)/(ab*network.data_std**2)  # undoes the factor of F in (2)
         loss = (weight*(network(x, t, label) - exact_eps(x, ab, label, world)).square()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
     return network
 
 # %% ../nbs/04_toy.ipynb #c22f0a7c
@@ -167,7 +163,7 @@ class Recipe:
     omega: float = 3.5      # guidance ω = s - 1, fixed
     k: int = 20             # skip (steps)
     mu: float = .95         # EMA of the target; 0 makes the target the student itself
-    huber: float = 1e-3     # h of equation (4)
+    huber: float = 1e-3     # ρ of equation (4)
     steps: int = 5000       # optimiser steps
     batch_size: int = 256   # points a step
     lr: float = 1e-3        # highest learning rate
@@ -212,6 +208,16 @@ def jump(
     eps = network(x, t, label)
     return consistency_function(x, eps, t, alpha_bar) if boundary else eps_to_x0(x, eps, at(alpha_bar, t, x))
 
+# %% ../nbs/04_toy.ipynb #b46ca0ac
+def _hop(recipe, alpha_bar, z, generator):
+    "Both times of a random hop, (B,), and ᾱ there, (B, 1)."
+    grid = skip_grid(recipe.k, len(alpha_bar))
+    n = torch.randint(int(recipe.first == 'skip'), len(grid), (len(z),), generator=generator)
+    t_nk, t_n = grid[n], (grid[n] - recipe.k).clamp_min(0)
+    ab_nk, ab_n = at(alpha_bar, t_nk, z), at(alpha_bar, t_n, z)
+    if recipe.first == 'clean': ab_n = torch.where(n[:, None] == 0, 1., ab_n)
+    return t_nk, t_n, ab_nk, ab_n
+
 # %% ../nbs/04_toy.ipynb #ce438230
 def toy_loss(
     student: ToyNet, # f_θ, receives the gradient
@@ -224,13 +230,9 @@ def toy_loss(
     generator: torch.Generator, # source of n and of the noise
 ) -> Tensor: # scalar
     "Algorithm 1 up to the loss, equations (3) and (4); the teacher lives on the student's own `alpha_bar`."
-    grid = skip_grid(recipe.k, len(alpha_bar))
-    n = torch.randint(int(recipe.first == 'skip'), len(grid), (len(z),), generator=generator)
+    t_nk, t_n, ab_nk, ab_n = _hop(recipe, alpha_bar, z, generator)
     noise = torch.randn(z.shape, generator=generator)
-    t_nk, t_n = grid[n], (grid[n] - recipe.k).clamp_min(0)                                       # (B,)
-    ab_nk, ab_n = at(alpha_bar, t_nk, z), at(alpha_bar, t_n, z)                                  # (B, 1)
-    if recipe.first == 'clean': ab_n = torch.where(n[:, None] == 0, 1., ab_n)
-    z_nk = add_noise(z, noise, ab_nk)
+    z_nk = add_noise(z, noise, ab_nk)                                                            # (B, 2)
     kept = torch.where(torch.rand(len(z), generator=generator) < recipe.drop, world.null, label)
     prediction = jump(student, z_nk, t_nk, kept, alpha_bar, recipe.boundary)
     with torch.no_grad():
@@ -238,6 +240,12 @@ def toy_loss(
         z_n = ddim_step(z_nk, eps, ab_nk, ab_n) if recipe.pairs == 'solver' else add_noise(z, noise, ab_n)
         goal = jump(target, z_n, t_n, label, alpha_bar, recipe.boundary)
     return (((prediction - goal).square() + recipe.huber**2).sqrt() - recipe.huber).mean()
+
+# %% ../nbs/04_toy.ipynb #438d5c93
+@torch.no_grad()
+def _follow(target, student, mu):
+    "Equation (5)."
+    for slow, fast in zip(target.parameters(), student.parameters()): slow.lerp_(fast, 1 - mu)
 
 # %% ../nbs/04_toy.ipynb #566e3fba
 def distil_toy(
@@ -261,8 +269,7 @@ def distil_toy(
         optimizer.zero_grad(); loss.backward()
         if recipe.clip: nn.utils.clip_grad_norm_(student.parameters(), recipe.clip)
         optimizer.step()
-        for slow, fast in zip(target.parameters(), student.parameters()):
-            slow.data.lerp_(fast.data, 1 - recipe.mu)                                            # (5)
+        _follow(target, student, recipe.mu)
     if recipe.steps in keep: kept[recipe.steps] = copy.deepcopy(student)
     return student.requires_grad_(False), kept
 
