@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Case', 'Exercise', 'Note', 'Verdict', 'check', 'hint', 'solution', 'exercises']
 
-# %% ../../nbs/workshop/00a_checks.ipynb #61ed39d0
+# %% ../../nbs/workshop/00a_checks.ipynb #a500660b
 import copy, inspect, linecache, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core import one_line, require
 from .differences import close_to, fault_of, in_short, kind_of, remark
 
-# %% ../../nbs/workshop/00a_checks.ipynb #82773d09
+# %% ../../nbs/workshop/00a_checks.ipynb #9f1f67e9
 @dataclass(frozen=True)
 class Case:
     "One set of arguments on which an answer is tried."
@@ -58,7 +58,7 @@ class Exercise:
     def trials(self) -> list: # the cases, the same at every call
         return [Case('your prediction')] if self.predicts else self.cases(torch.Generator().manual_seed(self.number))
 
-# %% ../../nbs/workshop/00a_checks.ipynb #d311f844
+# %% ../../nbs/workshop/00a_checks.ipynb #8cb99628
 def _line_of(error: Exception, answer) -> str:
     "Where an exception left the learner's own function: ', in line 2 of it: `x = y`', or nothing."
     code, trace, found = getattr(answer, '__code__', None), error.__traceback__, ''
@@ -76,7 +76,7 @@ def _raised(error: Exception, answer) -> str:
     told = one_line(str(error), 160)
     return f'your answer raised {type(error).__name__}{f" ({told})" if told else ""}{_line_of(error, answer)}'
 
-# %% ../../nbs/workshop/00a_checks.ipynb #c5ecc396
+# %% ../../nbs/workshop/00a_checks.ipynb #f7b421f2
 def _outcome(exercise: Exercise, answer, args: tuple):
     "What an answer gives for a case; the answer itself for a prediction."
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -103,15 +103,17 @@ def _agree(exercise: Exercise, got, expected) -> str | None:
     "None where an outcome passes, else what is wrong with it."
     if exercise.agree is None: return fault_of(got, expected, exercise.close)
     if words := _unusable(got): return words
-    return None if exercise.agree(got, expected) else f'got {_told(got)}'
+    wanted = f'expected {expected}, ' if isinstance(expected, str) else ''
+    return None if exercise.agree(got, expected) else f'{wanted}got {_told(got)}'
 
 
 def _told(x) -> str:
     "An outcome as a message may quote it."
-    if not isinstance(x, (int, float, Tensor)): return one_line(repr(x), 120)
+    if isinstance(x, dict): return ', '.join(f'{name} {_told(value)}' for name, value in x.items())
+    if not isinstance(x, (int, float, Tensor)): return one_line(str(x), 120)
     return in_short(torch.as_tensor(x)) if torch.as_tensor(x).numel() < 5 else kind_of(x)
 
-# %% ../../nbs/workshop/00a_checks.ipynb #48349842
+# %% ../../nbs/workshop/00a_checks.ipynb #530b67a3
 def _is_mistake(exercise: Exercise, mistake, outcomes: list, trials: list) -> bool:
     "Whether a named wrong answer gives the learner's outcomes on every case."
     try: return all(fault_of(got, _outcome(exercise, mistake, case.args), exercise.close) is None
@@ -134,7 +136,7 @@ def _diagnosis(exercise: Exercise, answer, outcomes: list, trials: list, which: 
     named = (words for words, mistake in exercise.mistakes.items() if _is_mistake(exercise, mistake, outcomes, trials))
     return next(named, remark(outcomes[which], expected))
 
-# %% ../../nbs/workshop/00a_checks.ipynb #b72e3e74
+# %% ../../nbs/workshop/00a_checks.ipynb #fdc59d85
 @dataclass(frozen=True, repr=False)
 class Note:
     "Something said to the learner: plain text in a terminal, a box in a notebook."
@@ -160,7 +162,7 @@ class Verdict(Note):
     ok: bool = False
     def __bool__(self) -> bool: return self.ok
 
-# %% ../../nbs/workshop/00a_checks.ipynb #2509c25b
+# %% ../../nbs/workshop/00a_checks.ipynb #ebf57e06
 def _verdict(exercise: Exercise, ok: bool, words: str) -> Verdict:
     "A verdict in its place and colour."
     sign, colour, said = ('✔', '#009E73', 'right') if ok else ('✘', '#D55E00', 'not yet')
@@ -180,7 +182,7 @@ def _unfit(exercise: Exercise, answer, trials: list) -> str:
     except ValueError: pass                                          # a builtin, which does not tell
     return ''
 
-# %% ../../nbs/workshop/00a_checks.ipynb #13c7ef3d
+# %% ../../nbs/workshop/00a_checks.ipynb #a8ed409c
 def _first_fault(exercise: Exercise, answer, trials: list) -> tuple: # (outcomes, index or None, its fault)
     "The outcomes of all cases, and the first that is wrong."
     outcomes, which, fault = [], None, ''
@@ -205,12 +207,12 @@ def check(
     if which is None:
         count = '' if len(trials) == 1 else f'The answer passes {len(trials)} cases of {len(trials)}.'
         return _verdict(exercise, True, count)
-    place = '' if exercise.predicts else f'Case {which + 1} of {len(trials)} ({trials[which].words}): '
+    words = trials[which].words
+    place = f'Case {which + 1} of {len(trials)} ({words}): ' if len(trials) > 1 else f'{words[0].upper()}{words[1:]}: '
     why = _diagnosis(exercise, answer, outcomes, trials, which) if len(outcomes) == len(trials) else ''
-    sentence = place + fault if place else fault[0].upper() + fault[1:]
-    return _verdict(exercise, False, f'{sentence}. {why}'.strip())
+    return _verdict(exercise, False, f'{place}{fault}. {why}'.strip())
 
-# %% ../../nbs/workshop/00a_checks.ipynb #f9a2b7b3
+# %% ../../nbs/workshop/00a_checks.ipynb #5871d9be
 def hint(exercise: Exercise) -> Note: return Note(f'Hint for exercise {exercise.number}.', exercise.hint, sign='?')
 
 

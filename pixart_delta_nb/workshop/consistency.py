@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'END_OF_PATH', 'CHEAT', 'SHARE', 'DRAW', 'GUIDED', 'honest_map', 'share_with_loss']
 
-# %% ../../nbs/workshop/03_consistency.ipynb #3b511dfa
+# %% ../../nbs/workshop/03_consistency.ipynb #7cebb7dc
 import torch
 from torch import Tensor
 from ..consistency import (boundary_scalings, consistency_function, guide, multistep_consistency_sample)
@@ -13,7 +13,7 @@ from ..schedules import (add_noise, alpha_bar_from_betas, at, eps_to_x0, gaussia
                                        linear_betas, skip_grid)
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/03_consistency.ipynb #0f438b29
+# %% ../../nbs/workshop/03_consistency.ipynb #bd97b72b
 def _time_cases(g):
     return [Case('the clean end, t = 0', (torch.tensor([0.]),)),
             Case('times below one step', (torch.tensor([.01, .05, .3]),)),
@@ -38,7 +38,7 @@ WEIGHTS = Exercise(
         lambda t: (_weights()(t)[0], 1 - _weights()(t)[0])},
     'Compute u, then the sum u² + 0.25 that both weights share.', _time_cases, name='weights', atol=1e-7)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #62acdfc1
+# %% ../../nbs/workshop/03_consistency.ipynb #1e020d48
 def _map_cases(g):
     table, pair = alpha_bar_from_betas(linear_betas()), lambda *shape: torch.randn(2, *shape, generator=g).unbind()
     return [Case('two points at t = 499 and 999', (*pair(2, 1), torch.tensor([499, 999]), table)),
@@ -68,7 +68,7 @@ END_OF_PATH = Exercise(
     'Take alpha_bar[t] and the weights, reshape all three to (B, 1, …, 1), and combine.', _map_cases,
     name='end_of_path', rtol=1e-3)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #52af9fa9
+# %% ../../nbs/workshop/03_consistency.ipynb #06602a23
 _GRID = torch.tensor([0, *skip_grid().tolist()])
 
 def _on_paths(g):
@@ -89,7 +89,7 @@ def _test_cheat(answer, ends, paths):
     return {'change along a path': size(said - said[0]), 'distance to the end': size(said - ends),
             'change from t = 19 on': size(said[1:] - said[1]), 'distance to the input': size(said - paths)}
 
-# %% ../../nbs/workshop/03_consistency.ipynb #b0cbfb6c
+# %% ../../nbs/workshop/03_consistency.ipynb #fa410f57
 def _is_cheat(found, expected):
     "Consistent, and wrong."
     return found['change along a path'] < 1e-4 and found['distance to the end'] > .1
@@ -118,7 +118,7 @@ CHEAT = Exercise(
     lambda g: [Case('64 paths at the points of the grid', _on_paths(g), expected='consistent and wrong')],
     name='cheat', judge=_test_cheat, agree=_is_cheat, explain=_why_no_cheat)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #771bc5bb
+# %% ../../nbs/workshop/03_consistency.ipynb #7b863a2e
 def share_with_loss() -> float:
     "Share of the grid's pairs on which a student that answers 0 for t > 0 and x at t = 0 is inconsistent."
     ends, paths = _on_paths(torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ SHARE = Exercise(
     'Twenty is the number of steps between two points; the number of pairs is a thousand over twenty.': .05},
     'Count the pairs, then count those whose two answers differ.', name='share', rtol=.01, atol=5e-4)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #b2bc875e
+# %% ../../nbs/workshop/03_consistency.ipynb #ececa6e5
 def _shrinking(x, t): return torch.tanh(x)*(1 - t.reshape(-1, 1)/2000)
 
 def _draw_cases(g):
@@ -172,7 +172,7 @@ DRAW = Exercise(
     'Before every evaluation but the first: noisy (exercise 3) of the last answer, at the level of this step.',
     _draw_cases, name='draw')
 
-# %% ../../nbs/workshop/03_consistency.ipynb #bfa1c4a0
+# %% ../../nbs/workshop/03_consistency.ipynb #66e1a11a
 def _guide_cases(g):
     pair = lambda *shape: (torch.randn(*shape, generator=g), torch.randn(*shape, generator=g))
     two = torch.tensor([1., 4.5]).reshape(2, 1, 1, 1)

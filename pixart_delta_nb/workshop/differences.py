@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['in_short', 'kind_of', 'close_to', 'fault_of', 'remark']
 
-# %% ../../nbs/workshop/00_differences.ipynb #216ba9be
+# %% ../../nbs/workshop/00_differences.ipynb #b53a8164
 from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# %% ../../nbs/workshop/00_differences.ipynb #7c90021b
+# %% ../../nbs/workshop/00_differences.ipynb #027c2787
 def in_short(
     x: Tensor, # few numbers
 ) -> str:
@@ -27,7 +27,7 @@ def _values(got: Tensor, expected: Tensor) -> str:
     return (f'expected {in_short(expected.flatten()[worst])} at {place}, '
             f'got {in_short(got.flatten()[worst])}')
 
-# %% ../../nbs/workshop/00_differences.ipynb #9f24a4da
+# %% ../../nbs/workshop/00_differences.ipynb #c9c00115
 def _kind_fault(got: Tensor, expected: Tensor) -> str | None:
     "A sentence about shape or precision, or None."
     if got.shape != expected.shape:
@@ -50,7 +50,7 @@ def _tensor_fault(got, expected: Tensor, close: Callable) -> str | None:
         return f'{int((~got.isfinite()).sum())} of {got.numel()} numbers are not finite (NaN or infinity)'
     if not close(got, expected): return _values(got, expected)
 
-# %% ../../nbs/workshop/00_differences.ipynb #fdff8058
+# %% ../../nbs/workshop/00_differences.ipynb #8c064a34
 def kind_of(
     x, # anything
 ) -> str:
@@ -71,7 +71,7 @@ def _parts_fault(got, expected, keys, kind, close) -> str | None:
     name = lambda key: key if kind is dict else f'value {key + 1}'
     return next((f'{name(key)}: {fault}' for key, fault in found if fault is not None), None)
 
-# %% ../../nbs/workshop/00_differences.ipynb #b0cd7591
+# %% ../../nbs/workshop/00_differences.ipynb #9b51bd2c
 def close_to(
     got: Tensor, # any shape
     expected: Tensor, # the same shape
@@ -94,11 +94,11 @@ def fault_of(
         got = tuple(got) if isinstance(got, list) else got
         return _parts_fault(got, expected, range(len(expected)), tuple, close)
     if isinstance(expected, dict): return _parts_fault(got, expected, list(expected), dict, close)
-    if isinstance(expected, (bool, str)):
-        return None if type(got) is type(expected) and got == expected else f'expected {expected!r}, got {got!r}'
-    return _tensor_fault(got, torch.as_tensor(expected), close)
+    if isinstance(expected, (int, float, Tensor)) and not isinstance(expected, bool):
+        return _tensor_fault(got, torch.as_tensor(expected), close)
+    return None if type(got) is type(expected) and got == expected else f'expected {expected!r}, got {got!r}'
 
-# %% ../../nbs/workshop/00_differences.ipynb #8c97ff0d
+# %% ../../nbs/workshop/00_differences.ipynb #9eafebb5
 def _patterns(got: Tensor, expected: Tensor):
     "(a result that has a pattern, the pattern in words), one after the other."
     factor, offset = (got*expected).sum()/(expected*expected).sum(), (got - expected).mean()
@@ -117,6 +117,8 @@ def remark(
 ) -> str: # empty where nothing is recognised
     "A pattern that a wrong result shows, in a sentence."
     if not isinstance(got, (Tensor, int, float)) or not isinstance(expected, (Tensor, int, float)): return ''
-    got, expected = (torch.as_tensor(x).double() for x in (got, expected))
+    got, expected = (torch.as_tensor(x) for x in (got, expected))
+    if got.is_complex(): return ''
+    got, expected = got.double(), expected.double()
     if got.shape != expected.shape or not got.isfinite().all() or not expected.any(): return ''
     return next((words for other, words in _patterns(got, expected) if torch.allclose(got, other, rtol=1e-4)), '')

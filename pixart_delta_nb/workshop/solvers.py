@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'FLOW_END', 'SAMPLE', 'SHRINKS', 'measured_factors']
 
-# %% ../../nbs/workshop/02_solvers.ipynb #de58e9a4
+# %% ../../nbs/workshop/02_solvers.ipynb #b33d43f0
 from functools import cache
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..schedules import (add_noise, alpha_bar_from_betas, continuous_alpha_bar, 
 from ..solvers import ddim_sample, ddim_step, dpm_solver_pp_2m
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/02_solvers.ipynb #3dd96c3c
+# %% ../../nbs/workshop/02_solvers.ipynb #87e08f92
 def _step_cases(g):
     draw = lambda *shape: torch.randn(*shape, generator=g)
     levels = torch.tensor([[.1], [.5], [.8]]), torch.tensor([[.3], [.6], [.9]])
@@ -44,7 +44,7 @@ STEP = Exercise(
     'Two lines: the estimate x̂₀ at level ᾱ_t (exercise 4), then adding noise at level ᾱ_s (exercise 3).',
     _step_cases, name='step')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #02fb6937
+# %% ../../nbs/workshop/02_solvers.ipynb #dc356a7e
 def _flow_cases(g):
     last = alpha_bar_from_betas(linear_betas())[-1].float()
     return [Case('one point, ᾱ = 0.5, s = 2', (torch.tensor([1.]), torch.tensor(.5), 2.)),
@@ -66,7 +66,7 @@ FLOW_END = Exercise(
     'How many standard deviations from the centre is x_t? At the end it is as many, and a standard deviation is s.',
     _flow_cases, name='flow_end')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #65a70e7f
+# %% ../../nbs/workshop/02_solvers.ipynb #ee425119
 def _bent(x, t): return torch.tanh(1.3*x) + .2*(t.to(x.dtype).reshape(-1, 1)/1000)
 
 def _narrow(x, t): return gaussian_eps(x, alpha_bar_from_betas(linear_betas())[t].reshape(-1, 1), .4)
@@ -92,7 +92,7 @@ def _multistep(weight, half=.5, last=False):
         return x
     return sample
 
-# %% ../../nbs/workshop/02_solvers.ipynb #330fd5a6
+# %% ../../nbs/workshop/02_solvers.ipynb #88951398
 SAMPLE = Exercise(
     9, 'a step with a memory', 'The second-order multistep sampler DPM-Solver++ (2M).', dpm_solver_pp_2m, {
     'You left out the extrapolation, which makes this DDIM.': lambda network, x, timesteps, alpha_bar: ddim_sample(
@@ -110,7 +110,7 @@ SAMPLE = Exercise(
     'Fill in h first, as half the difference of log_snr. Then x̂, then x; torch.expm1(-h) is e^{−h} − 1.',
     _sample_cases, name='sample')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #64a2a41a
+# %% ../../nbs/workshop/02_solvers.ipynb #77e9fb38
 @cache
 def measured_factors() -> dict:
     "How much closer 128 steps come than 64, for Gaussian data between two levels of noise, by measurement."

@@ -6,7 +6,7 @@
 __all__ = ['VISITED', 'DISTANCE', 'FOLLOW', 'LCD_STEP', 'STEPS', 'ROWS', 'BOUND', 'RECIPE', 'ONE_STEP', 'package_step',
            'small_world', 'train_student', 'far_off', 'one_step_seconds']
 
-# %% ../../nbs/workshop/04_toy.ipynb #b414cdcb
+# %% ../../nbs/workshop/04_toy.ipynb #d2835dbe
 import copy
 from functools import cache
 import torch
@@ -20,7 +20,7 @@ from ..solvers import ddim_step
 from ..toy import Recipe, ToyNet, distil_toy, exact_map, jump, ring
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/04_toy.ipynb #bd50471d
+# %% ../../nbs/workshop/04_toy.ipynb #30f4bd7e
 def _grid_cases(g): return [Case("the report's k = 20 of 1000 steps", (20, 1000)), Case('no skipping, k = 1', (1, 10)),
                             Case('one step across all', (8, 8)), Case('k = 25 of 100 steps', (25, 100))]
 
@@ -34,7 +34,7 @@ VISITED = Exercise(
     'You skipped k steps between two times; the next one is k further.': lambda k, T: torch.arange(k - 1, T, k + 1)},
     'For k = 20 and T = 1000 the times are 19, 39, …, 999.', _grid_cases, name='visited')
 
-# %% ../../nbs/workshop/04_toy.ipynb #3809526a
+# %% ../../nbs/workshop/04_toy.ipynb #096e46f3
 def _distance_cases(g):
     a = torch.randn(3, 4, generator=g)
     return [Case('numbers far apart', (a, a.flip(0), 1e-3)), Case('numbers closer than c', (a, a + .01*a.flip(1), .5)),
@@ -52,7 +52,7 @@ DISTANCE = Exercise(
         lambda a, b, c: ((a - b).square().mean() + c**2).sqrt() - c},
     'Inside the root stand two squares; c is subtracted outside of it.', _distance_cases, name='distance', atol=1e-6)
 
-# %% ../../nbs/workshop/04_toy.ipynb #afc4ead0
+# %% ../../nbs/workshop/04_toy.ipynb #eeb7a06c
 def _two_networks(g):
     made = [nn.Linear(3, 2) for _ in range(2)]
     for p in (p for network in made for p in network.parameters()): p.data = torch.randn(p.shape, generator=g)
@@ -84,7 +84,7 @@ def _follow_cases(g):
         made.append(Case(f'a layer with bias, μ = {mu}', (target, student, mu), _after(wanted, _flat(student))))
     return made
 
-# %% ../../nbs/workshop/04_toy.ipynb #85993df5
+# %% ../../nbs/workshop/04_toy.ipynb #5665d36d
 def _drag(target, student, mu):
     for slow, fast in zip(target.parameters(), student.parameters()): fast.data.lerp_(slow.data, mu)
 
@@ -105,7 +105,7 @@ FOLLOW = Exercise(
     'Go through zip(target.parameters(), student.parameters()); `a.data.lerp_(b.data, w)` moves a by w towards b.',
     _follow_cases, name='follow', judge=_test_follow)
 
-# %% ../../nbs/workshop/04_toy.ipynb #d929570a
+# %% ../../nbs/workshop/04_toy.ipynb #02843a02
 class _Tiny(nn.Module):
     "A prediction of the noise with three weights."
     def __init__(self, *weights):
@@ -128,7 +128,7 @@ def _test_step(answer, student, target, *rest):
     gradients = [torch.zeros(3) if m.weight.grad is None else m.weight.grad for m in (student, target)]
     return dict(zip(('loss', "the student's gradient", "the target's gradient"), (loss.detach(), *gradients)))
 
-# %% ../../nbs/workshop/04_toy.ipynb #c5334268
+# %% ../../nbs/workshop/04_toy.ipynb #df7c7c15
 def _step_cases(g):
     table, cases = alpha_bar_from_betas(linear_betas()), []
     for words, n in (('four pairs in the middle', [10, 20, 30, 40]), ('pairs that reach t = 0', [0, 1, 0, 49])):
@@ -150,7 +150,7 @@ def _lcd(walk='teacher', goal='target', clamp=True, detach=True, later=True):
         return pseudo_huber(consistency_function(x, student(x, t), t, alpha_bar), wanted)
     return loss_of_step
 
-# %% ../../nbs/workshop/04_toy.ipynb #6956bae4
+# %% ../../nbs/workshop/04_toy.ipynb #68069540
 LCD_STEP = Exercise(
     20, 'one step of Algorithm 1', 'The loss of one step of latent consistency distillation.', package_step, {
     'Gradients flow into the target; its answer is the goal, so compute it under torch.no_grad().': _lcd(detach=False),
@@ -164,8 +164,8 @@ LCD_STEP = Exercise(
     'Four lines: noise to t_{n+k}, walk with the teacher, ask the target under torch.no_grad(), ask the student.',
     _step_cases, name='loss_of_step', judge=_test_step, rtol=1e-3)
 
-# %% ../../nbs/workshop/04_toy.ipynb #df54b739
-STEPS, ROWS, BOUND = 200, 128, .45
+# %% ../../nbs/workshop/04_toy.ipynb #b25d6cdc
+STEPS, ROWS, BOUND = 200, 128, .33
 
 @cache
 def small_world():
@@ -187,7 +187,7 @@ def train_student(
     times = torch.full((len(noise),), 999)
     return jump(student, noise, times, torch.zeros_like(times), table)
 
-# %% ../../nbs/workshop/04_toy.ipynb #f2bd7b06
+# %% ../../nbs/workshop/04_toy.ipynb #7ac6be30
 def far_off(
     answers: Tensor, # (256, 2), as of `train_student`
 ) -> float:
@@ -214,18 +214,18 @@ def _why_far(recipe, found, expected):
                                                   (recipe.k > 400, _COARSE), (recipe.k < 100, _RELAY)]
     return next((words for ok, words in blames if ok), 'You are on the way: raise lr or lower mu a little.')
 
-# %% ../../nbs/workshop/04_toy.ipynb #337f836c
-_BEST = {'omega': 0., 'steps': STEPS, 'batch_size': ROWS, 'k': 100, 'mu': .8, 'lr': 3e-3}
+# %% ../../nbs/workshop/04_toy.ipynb #8b5c217d
+_BEST = {'omega': 0., 'steps': STEPS, 'batch_size': ROWS, 'k': 100, 'mu': .8, 'lr': .02}
 
 RECIPE = Exercise(
-    21, 'a student of your own', 'A recipe whose student is closer to the exact ends than 0.45.', distil_toy,
+    21, 'a student of your own', 'A recipe whose student is closer to the exact ends than 0.33.', distil_toy,
     {_RELAY: Recipe(**_BEST | {'k': 20, 'mu': .95, 'lr': 1e-3}), _COARSE: Recipe(**_BEST | {'k': 500}),
      _SLOW: Recipe(**_BEST | {'mu': .99}), _BUDGET: Recipe(**_BEST | {'steps': 5000})},
     'A relay of ten legs is short enough. Then let the target follow faster, and the weights move faster.',
-    lambda g: [Case('200 updates', (), expected='less than 0.45')], name='recipe', judge=_test_recipe, explain=_why_far,
-    agree=lambda found, expected: isinstance(found, dict) and found['mean distance'] < BOUND)
+    lambda g: [Case('200 updates', (), 'a mean distance below 0.33')], name='recipe', judge=_test_recipe,
+    agree=lambda found, expected: isinstance(found, dict) and found['mean distance'] < BOUND, explain=_why_far)
 
-# %% ../../nbs/workshop/04_toy.ipynb #c0b02dd6
+# %% ../../nbs/workshop/04_toy.ipynb #58a65529
 def one_step_seconds(alpha: float = 2.2, delta: float = .5) -> float:
     "Seconds of PixArt-δ with one step, from 28 and 4 evaluations and a shared overhead (report, Table 2, A100)."
     evaluation = (alpha - delta)/(28 - 4)
