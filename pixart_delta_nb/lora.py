@@ -53,8 +53,7 @@ class LoRA(nn.Module):
             self.A = nn.Conv2d(n, rank, layer.kernel_size, layer.stride, layer.padding, **like)
             self.B = nn.Conv2d(rank, m, 1, **like)
         else: self.A, self.B = nn.Linear(n, rank, **like), nn.Linear(rank, m, **like)
-        # the start is the teacher; A has torch's uniform start, as in peft
-        nn.init.zeros_(self.B.weight)
+        nn.init.zeros_(self.B.weight)                           # the start is the teacher; A starts as in peft
         self.scale, self.on = alpha/rank, True
         self.register_buffer('kept', None, persistent=False)    # the base weight while merged
         self.handle = layer.register_forward_hook(self)
@@ -76,6 +75,7 @@ def lora_layers(
     adapted = ((name, layer) for name, layer in model.named_modules() if isinstance(getattr(layer, 'lora', None), LoRA))
     return {name: (layer, layer.lora) for name, layer in adapted}
 
+# %% ../nbs/10_lora.ipynb #a40b63ab
 def add_lora(
     model: nn.Module, # frozen from now on, changed in place
     rank: int = 32, # r of equation (1); the released value
@@ -184,11 +184,10 @@ _PLAIN = {'peft_type': 'LORA', 'bias': 'none'}                       # entries t
 _FREE = {'task_type', 'auto_mapping', 'peft_version', 'base_model_name_or_path', 'revision', 'inference_mode', 'r',
          'lora_alpha', 'lora_dropout', 'target_modules', 'init_lora_weights', 'layers_pattern', 'megatron_config',
          'megatron_core', 'eva_config', 'qalora_group_size', 'runtime_config',
-         # entries that change nothing in what is computed here
-         'ensure_weight_tying'}
-# initialisations that leave the base alone
-_STARTS = ('gaussian', 'orthogonal', 'eva', 'mica')
+         'ensure_weight_tying'}                                     # these change nothing in what is computed here
+_STARTS = ('gaussian', 'orthogonal', 'eva', 'mica')              # initialisations that leave the base alone
 
+# %% ../nbs/10_lora.ipynb #2273c96d
 def _check_settings(name, settings):
     "The rules of `read_lora` for adapter_config.json."
     start = settings.get('init_lora_weights')
@@ -205,6 +204,7 @@ def _check_settings(name, settings):
             lambda: f'{name} has target_modules = {targets!r}, but a list of layers is needed; spell them out.')
     require('r' in settings, lambda: f'{name} lacks r, the rank, without which the scale is unknown; restore it.')
 
+# %% ../nbs/10_lora.ipynb #0658adb6
 def read_lora(
     folder: str | Path # of adapter_config.json and adapter_model.safetensors
 ) -> tuple: # settings, tensors under plain names
