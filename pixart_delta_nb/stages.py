@@ -60,6 +60,7 @@ def omega_of(
             'pass for example 4.5.')
     return guidance_scale - 1
 
+# %% ../nbs/13_stages.ipynb #a60e639d
 def distill(
     pipeline: str | Path | None, # folder or hub id of the teacher; None for the shipped one
     latents, # D_z: what `open_latents` takes
@@ -106,6 +107,7 @@ def distill_lora(
     if finished(steps, **options): write_lora(model, Path(out)/'lora', omega=omega, k=k, mu=mu, lr=lr, steps=steps)
     return Path(out)/'lora'
 
+# %% ../nbs/13_stages.ipynb #55059fb5
 def write_lora(
     model, # with a trained adapter
     folder: str | Path, # made if missing
@@ -130,6 +132,7 @@ def check_world(
             lambda: f'the latents are of world {ours} and the conditions of world {theirs}, but both must show the '
                     'same scenes: render with one seed.')
 
+# %% ../nbs/13_stages.ipynb #774cd296
 def encode_control(
     data: LatentDataset, # D_z
     pictures, # data set: `len()`, and [i] → (3, H, W) in [-1, 1]
@@ -176,6 +179,7 @@ def train_control(
         save_controlnet(net, Path(out)/'controlnet', condition=condition, steps=steps, seed=options.get('seed', 0))
     return Path(out)/'controlnet'
 
+# %% ../nbs/13_stages.ipynb #34cfca85
 def autoencoder_of(
     opened, # Model of `open_folder`
     device: str = 'cpu' # where it runs
