@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTROLLED', 'MOVES', 'UNET_PAIRS', 'controlled', 'first_moves', 'unet_pairs']
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #cb969fa9
+# %% ../../nbs/workshop/11_controlnet.ipynb #b5da6abf
 from functools import cache, partial
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..transformer import PixArtTransformer, TransformerConfig
 from .checks import Case, Exercise
 from .lcd import random_rows, tiny_network
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #21f5cd21
+# %% ../../nbs/workshop/11_controlnet.ipynb #740a487e
 def controlled(
     blocks: list, # L functions of tokens, frozen
     copies: list, # N functions of tokens, N < L
@@ -31,7 +31,7 @@ def controlled(
     for i, block in enumerate(blocks): x = block(x + skips[i] if i in skips else x)
     return x
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #5adf61ca
+# %% ../../nbs/workshop/11_controlnet.ipynb #939807ac
 def _controlled(feeds=lambda i, L: i + 1, chain=True, read=lambda x, c: x + c, base=lambda x, c: x, zeros=True):
     "The wiring with one thing done otherwise."
     def controlled(blocks, copies, zero_in, zero_out, x, c):
@@ -44,7 +44,7 @@ def _controlled(feeds=lambda i, L: i + 1, chain=True, read=lambda x, c: x + c, b
         return x
     return controlled
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #64201d2f
+# %% ../../nbs/workshop/11_controlnet.ipynb #08f3f27b
 def _bases(g):
     "A base of random blocks, wired by the package's `ControlNetTransformer`."
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
@@ -67,7 +67,7 @@ def _bases(g):
 
 def _applied(block, args, x): return block(x, *args)
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #b0673c0d
+# %% ../../nbs/workshop/11_controlnet.ipynb #93b4bc54
 CONTROLLED = Exercise(
     43, 'wire a ControlNet', 'A frozen base, copies of its blocks, and zero layers.', controlled, {
         'You gave the answer of copy i to block i; it is added to the input of the block after it, i + 1.':
@@ -84,7 +84,7 @@ CONTROLLED = Exercise(
             _controlled(zeros=False)},
     'Run the copies first, and keep zero_out[i](h) in a dictionary under the index of the block that it feeds.', _bases)
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #acfe50af
+# %% ../../nbs/workshop/11_controlnet.ipynb #ef0d9811
 def first_moves() -> dict: # part -> step, 0 for never
     "Counted in two steps of gradient descent on a ControlNet of random weights."
     net, rows = ControlNetTransformer(tiny_network(0), 1).double(), random_rows(torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def first_moves() -> dict: # part -> step, 0 for never
             for p in net.adapter.parameters(): p -= 1e-3*p.grad
     return {name: found.get(name, 0) for name in parts}
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #86b6451c
+# %% ../../nbs/workshop/11_controlnet.ipynb #211699c2
 _MOVES = {'zero_out': 1, 'copies': 2, 'zero_in': 2, 'base': 0}
 
 MOVES = Exercise(
@@ -121,7 +121,7 @@ MOVES = Exercise(
     'Go through the chain from the output: which factors of the gradient are zero at step 1, and which at step 2?',
     name='moves')
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #2c3905a7
+# %% ../../nbs/workshop/11_controlnet.ipynb #65f487fc
 @cache
 def unet_pairs(
     depth: int, # blocks of the base, even
@@ -131,7 +131,7 @@ def unet_pairs(
     net = ControlNetTransformer(base, depth//2, wiring='unet')
     return [(i, net.feeds(i)) for i in range(net.num_copies)]
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #b0c0deaf
+# %% ../../nbs/workshop/11_controlnet.ipynb #f62cbccc
 def _depths(g):
     return [Case(f'{depth} blocks', (depth,), tuple(unet_pairs(depth))) for depth in (4, 6, 28)]
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LATENTS_OF', 'ROOM', 'latents_of', 'room_of_data']
 
-# %% ../../nbs/workshop/05_data.ipynb #b6a8ef12
+# %% ../../nbs/workshop/05_data.ipynb #3583f3e5
 from functools import cache
 import torch
 from torch import Tensor
 from ..encoding import encode_pictures, storage_bytes
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/05_data.ipynb #ae9f182a
+# %% ../../nbs/workshop/05_data.ipynb #99d7bde3
 def latents_of(
     vae, # autoencoder of diffusers
     pictures: Tensor, # (B, 3, H, W) uint8
@@ -29,7 +29,7 @@ def _latents_of(pixels=lambda x: x/127.5 - 1, draw=lambda d: d.mode(), factor=la
         return draw(vae.encode(pixels(pictures.float())).latent_dist)*factor(scaling_factor)
     return latents_of
 
-# %% ../../nbs/workshop/05_data.ipynb #bbf06f37
+# %% ../../nbs/workshop/05_data.ipynb #b924e631
 @cache
 def _autoencoder():
     "A random autoencoder of diffusers, small enough for a test."
@@ -46,7 +46,7 @@ def _attached(answer, outcome, expected):
     "Words for latents that carry a gradient."
     if outcome.requires_grad: return 'Your latents remember how they were made; encode under torch.no_grad().'
 
-# %% ../../nbs/workshop/05_data.ipynb #a3171018
+# %% ../../nbs/workshop/05_data.ipynb #14e59b2c
 LATENTS_OF = Exercise(
     23, 'pictures as latents', 'Scaled modes of the autoencoder of pictures that come as bytes.', latents_of, {
         'You gave the autoencoder bytes from 0 to 255; it reads numbers from -1 to 1, x/127.5 - 1.':
@@ -61,7 +61,7 @@ LATENTS_OF = Exercise(
     _pictures,
     explain=_attached)
 
-# %% ../../nbs/workshop/05_data.ipynb #aa3357dc
+# %% ../../nbs/workshop/05_data.ipynb #047124a0
 def room_of_data() -> dict: # 'latents' and 'captions' -> gigabytes
     "Counted by `storage_bytes` for the report's 120,000 pairs at 1024 pixels."
     latents, captions = storage_bytes(120_000, 1024)

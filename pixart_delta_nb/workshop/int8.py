@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TO_INT8', 'ERROR_BOUND', 'PEAKS', 'error_bound', 'parts_of_paper', 'peaks_of_arrangements']
 
-# %% ../../nbs/workshop/12_int8.ipynb #18ade797
+# %% ../../nbs/workshop/12_int8.ipynb #222bff83
 from functools import cache
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..int8 import activation_bytes, paper_part, product_error, quantise_absmax,
 from .checks import Case, Exercise
 from .differences import kind_of
 
-# %% ../../nbs/workshop/12_int8.ipynb #779a4efb
+# %% ../../nbs/workshop/12_int8.ipynb #e7d406c4
 def _bad_int8(rule=lambda y: y.round(), most=127, largest=lambda x: x.abs().amax(1, keepdim=True), safe=True):
     "Quantisation with one thing done otherwise."
     def to_int8(x):
@@ -31,7 +31,7 @@ def _restored(answer, x):
     q, s = out
     return {'q': q, 'restored': q.double()*s, 'scales above zero': bool((s > 0).all())}
 
-# %% ../../nbs/workshop/12_int8.ipynb #a844df72
+# %% ../../nbs/workshop/12_int8.ipynb #07da5eb0
 def _not_whole(answer, outcome, expected):
     "Words for scales of another shape and for a row of zeros."
     if outcome['q'].dtype != torch.int8: return 'Your q has another type than torch.int8, so nothing was saved.'
@@ -47,7 +47,7 @@ def _matrices(g):
     return [Case(words, (x,), _restored(quantise_absmax, x)) for words, x in
             (('rows of very different sizes', uneven), ('a row of zeros', zeros), ('mostly negative entries', signs))]
 
-# %% ../../nbs/workshop/12_int8.ipynb #45a1c9a3
+# %% ../../nbs/workshop/12_int8.ipynb #31584288
 TO_INT8 = Exercise(
     46, 'absmax quantisation', 'Rows of a matrix as whole numbers in ±127, and a scale for each.', quantise_absmax, {
         'You cut the decimals off; rounding to the nearest whole number halves the largest error.':
@@ -63,7 +63,7 @@ TO_INT8 = Exercise(
     'x.abs().amax(1, keepdim=True)/127, kept above zero; then (x/s).round().to(torch.int8).', _matrices, name='to_int8',
     judge=_restored, explain=_not_whole)
 
-# %% ../../nbs/workshop/12_int8.ipynb #53fd1ec6
+# %% ../../nbs/workshop/12_int8.ipynb #2432478c
 def error_bound(
     x: Tensor, # (N, K)
     w: Tensor, # (M, K)
@@ -87,7 +87,7 @@ def _products(g):
         return Case(f'{N} x {M} products of {K} numbers', (x, w, quantise_absmax(x)[1], quantise_absmax(w)[1]))
     return [case(2, 3, 8), case(4, 2, 64), case(1, 1, 3)]
 
-# %% ../../nbs/workshop/12_int8.ipynb #aefc150a
+# %% ../../nbs/workshop/12_int8.ipynb #a0e6d4ed
 ERROR_BOUND = Exercise(
     47, 'the bound of a product', 'The largest error that quantised factors can give their product.', error_bound, {
         'You left out the product of the two errors, K s t/4; your bound can be exceeded.': _bound(cross=0),
@@ -99,7 +99,7 @@ ERROR_BOUND = Exercise(
         'You added the entries with their signs; in the worst case no two errors cancel.': _bound(signed=True)},
     'x.abs().sum(1, keepdim=True) is (N, 1), and t.T is (1, M): their product is (N, M).', _products)
 
-# %% ../../nbs/workshop/12_int8.ipynb #4592eb94
+# %% ../../nbs/workshop/12_int8.ipynb #171ef419
 @cache
 def parts_of_paper() -> dict: # part -> gigabytes of weights in 'half' and 'eight', and of activations
     "Weights by count and activations by a run on tensors without content."
@@ -120,7 +120,7 @@ def peaks_of_arrangements() -> dict: # arrangement -> gigabytes
             found[f'{precision} {word}'] = max(stage_peaks(weights, activations, free).values())
     return found
 
-# %% ../../nbs/workshop/12_int8.ipynb #9e333400
+# %% ../../nbs/workshop/12_int8.ipynb #77f0c083
 def _peaks(change): return {name: change(name, size) for name, size in _KNOWN.items()}
 
 _KNOWN = {'half resident': 12.525, 'half freed': 9.540, 'eight resident': 7.899, 'eight freed': 4.914}

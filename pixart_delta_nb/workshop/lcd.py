@@ -6,7 +6,7 @@
 __all__ = ['GUIDED', 'LOSS', 'OMEGA_ENTRANCE', 'tiny_network', 'random_rows', 'Counted', 'distillation_loss', 'OmegaEntrance',
            'made_module', 'answered']
 
-# %% ../../nbs/workshop/08_lcd.ipynb #6b36b991
+# %% ../../nbs/workshop/08_lcd.ipynb #fbdc3dac
 import copy
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..transformer import PixArtTransformer, TransformerConfig, sinusoid
 from .checks import Case, Exercise
 from .differences import kind_of
 
-# %% ../../nbs/workshop/08_lcd.ipynb #972337a3
+# %% ../../nbs/workshop/08_lcd.ipynb #e0f011ac
 def tiny_network(
     seed: int, # of its weights
     width: int = 4, # channels a head, of two
@@ -43,7 +43,7 @@ def random_rows(
     mask[0, -1] = 0
     return Batch(draw(rows, 4, 4, 4), draw(rows, words, 6), mask, draw(1, words, 6), torch.ones(1, words))
 
-# %% ../../nbs/workshop/08_lcd.ipynb #5b33a3ba
+# %% ../../nbs/workshop/08_lcd.ipynb #bbd248ce
 class Counted:
     "A network that notes how many rows each call had."
     def __init__(self, network):
@@ -66,7 +66,7 @@ def _calls(answer, outcome, expected):
     if outcome['calls'] != expected['calls']:
         return 'Your one call must hold each image twice, with its caption and without.'
 
-# %% ../../nbs/workshop/08_lcd.ipynb #5b85714d
+# %% ../../nbs/workshop/08_lcd.ipynb #f3915c83
 def _guided(combine=lambda c, n, w: (1 + w)*c - w*n, own_mask=True, swapped=False):
     "`guided` with one thing done otherwise."
     def guided(network, x, t, caption, mask, null, null_mask, omega):
@@ -82,7 +82,7 @@ def _twice(network, x, t, caption, mask, null, null_mask, omega):
                              ((caption, mask), (null.expand(*rows), null_mask.expand(*rows[:2]))))
     return with_caption + omega*(with_caption - without)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #b1ce4d06
+# %% ../../nbs/workshop/08_lcd.ipynb #e98de0f9
 def _requests(g):
     def case(rows, omega):
         b = random_rows(g, rows)
@@ -93,20 +93,18 @@ def _requests(g):
 GUIDED = Exercise(
     32, 'guidance in one call', 'The guided prediction of a network that is called once on 2B rows.', guided_eps, {
         'You wrote ε∅ + ω(ε_c - ε∅), the convention of pipelines, where the scale is s = 1 + ω; with the ω of '
-        'Algorithm 1 '
-        'it is ε_c + ω(ε_c - ε∅).': _guided(lambda c, n, w: n + w*(c - n)),
+        'Algorithm 1 it is ε_c + ω(ε_c - ε∅).': _guided(lambda c, n, w: n + w*(c - n)),
         'You added ω ε∅; guidance leads away from the empty caption, so its sign is minus.':
             _guided(lambda c, n, w: (1 + w)*c + w*n),
         'Your halves are swapped: the prediction leads away from the caption.': _guided(swapped=True),
         'You gave the empty caption the mask of the caption; it has its own, or the answer depends on how long the '
-        'caption '
-        'is (disagreement 8).': _guided(own_mask=False),
+        'caption is (disagreement 8).': _guided(own_mask=False),
         'You returned the captioned prediction without any guidance.': _guided(lambda c, n, w: c),
         'You called the network more than once; stack caption and empty caption.': _twice},
     'torch.cat([x, x]), torch.cat([t, t]), the captions above null.expand_as(caption); then chunk(2) of the answer.',
     _requests, name='guided', judge=_counted, explain=_calls)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #ff3b5dd6
+# %% ../../nbs/workshop/08_lcd.ipynb #94cd80fd
 def distillation_loss(
     student, # f_θ's network
     target, # f_θ⁻'s network
@@ -121,7 +119,7 @@ def distillation_loss(
     "The loss of Algorithm 1, by the package's `lcd_step`."
     return lcd_step(student, target, teacher, batch, alpha_bar, omega, k, n=(t + 1)//k - 1, noise=noise)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #cd81bad8
+# %% ../../nbs/workshop/08_lcd.ipynb #322df0ae
 def _loss(same_time=False, guidance=lambda w: w, own_target=False, clean=False, frozen=True, student_frozen=False):
     "The loss with one thing done otherwise."
     def distillation_loss(student, target, teacher, batch, noise, t, alpha_bar, omega, k):
@@ -146,7 +144,7 @@ def _trained(answer, student, target, teacher, *args):
     moved = [name for name, net in named.items() if any(p.grad is not None and p.grad.any() for p in net.parameters())]
     return {'loss': loss.detach() if isinstance(loss, Tensor) else loss, 'gradient': ' and '.join(moved) or 'none'}
 
-# %% ../../nbs/workshop/08_lcd.ipynb #7283c145
+# %% ../../nbs/workshop/08_lcd.ipynb #99abf599
 def _leaks(answer, outcome, expected):
     "Words for a gradient that reaches the wrong networks."
     if not isinstance(outcome['loss'], Tensor): return None
@@ -164,7 +162,7 @@ def _trios(g):
         return Case(f't = {times}, ω = {omega}, k = 20', args, _trained(distillation_loss, *copy.deepcopy(args)))
     return [case([259, 999], 3.5), case([19, 499, 759], 1.)]
 
-# %% ../../nbs/workshop/08_lcd.ipynb #d6c8dea5
+# %% ../../nbs/workshop/08_lcd.ipynb #2ef35679
 LOSS = Exercise(
     33, 'the loss of Algorithm 1', 'Student against target, one guided step of the teacher apart.',
     distillation_loss, {
@@ -185,7 +183,7 @@ LOSS = Exercise(
     'the loss.',
     _trios, judge=_trained, explain=_leaks)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #5bfcaeb1
+# %% ../../nbs/workshop/08_lcd.ipynb #2a409657
 class OmegaEntrance(nn.Module):
     "The entrance of LCM's guidance embedding, as in `transformer.ConditionEmbedding`."
     def __init__(self,
@@ -212,7 +210,7 @@ class _Shut(OmegaEntrance):
 class _Taking(OmegaEntrance):
     def forward(self, e, omega): return 2*e - super().forward(e, omega)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #109bab59
+# %% ../../nbs/workshop/08_lcd.ipynb #9b518b67
 def made_module(
     answer, # a class of the learner's
     *args, # of its making
@@ -232,7 +230,7 @@ def answered(
     require(isinstance(out, Tensor), lambda: f'forward gave {kind_of(out)}, but a tensor is needed: return the result')
     return out
 
-# %% ../../nbs/workshop/08_lcd.ipynb #385c4ed0
+# %% ../../nbs/workshop/08_lcd.ipynb #965b91a6
 def _entered(answer, dim, width, e, omega, weight):
     "What the entrance says before training, whether it can learn, and what it says with given weights."
     module, e = made_module(answer, dim, width).double(), e.requires_grad_()
@@ -256,7 +254,7 @@ def _strengths(g):
         return Case(f'ω = {omega}, {dim} waves, width {width}', args, _entered(OmegaEntrance, *copy.deepcopy(args)))
     return [case([3.5, 4.5], 8, 6), case([0., 2., 7.5], 16, 4)]
 
-# %% ../../nbs/workshop/08_lcd.ipynb #a9a0b3e2
+# %% ../../nbs/workshop/08_lcd.ipynb #ea4c9888
 OMEGA_ENTRANCE = Exercise(
     34, 'an entrance that starts at zero', 'A module that tells the time embedding of ω.', OmegaEntrance, {
         'Before any training your answer differs from e; the student must start as the teacher.': _Random,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOW_RANK', 'ADAPTER', 'LowRank', 'adapter_of_a_block']
 
-# %% ../../nbs/workshop/10_lora.ipynb #3a209d68
+# %% ../../nbs/workshop/10_lora.ipynb #a6492273
 import copy
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..transformer import PixArtTransformer, TransformerConfig
 from .checks import Case, Exercise
 from .lcd import answered, made_module
 
-# %% ../../nbs/workshop/10_lora.ipynb #d313bd83
+# %% ../../nbs/workshop/10_lora.ipynb #da02f1f5
 class LowRank(nn.Module):
     "A frozen linear layer with a change of low rank, by the package's `add_lora` and `merge`."
     def __init__(self,
@@ -28,7 +28,7 @@ class LowRank(nn.Module):
     def forward(self, x): return self.model['to_q'](x)                              # (…, n) -> (…, m)
     def merged(self): return merge(copy.deepcopy(self.model))['to_q'].weight        # (m, n)
 
-# %% ../../nbs/workshop/10_lora.ipynb #5a69713f
+# %% ../../nbs/workshop/10_lora.ipynb #badaeb50
 class _LowRank(nn.Module):
     "The layer with one thing done otherwise."
     def __init__(self, layer, rank, alpha, scale=lambda a, r: a/r, zero='B', frozen=True, sign=1, merged_too=True):
@@ -43,7 +43,7 @@ class _LowRank(nn.Module):
 
 def _otherwise(**how): return lambda layer, rank, alpha: _LowRank(layer, rank, alpha, **how)
 
-# %% ../../nbs/workshop/10_lora.ipynb #e328a89f
+# %% ../../nbs/workshop/10_lora.ipynb #e5a0e076
 def _attached(answer, layer, rank, alpha, x, A, B):
     "The adapter at the start, what learns, and forward pass and merged matrix with given A and B."
     plain = layer(x).detach()
@@ -70,7 +70,7 @@ def _adapter_told(answer, outcome, expected):
     if not outcome['layer is frozen']:
         return 'Your layer itself still asks for gradients; call requires_grad_(False).'
 
-# %% ../../nbs/workshop/10_lora.ipynb #3d0a808b
+# %% ../../nbs/workshop/10_lora.ipynb #9565fa76
 def _layers(g):
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
     def case(n, m, rank, alpha):
@@ -94,7 +94,7 @@ LOW_RANK = Exercise(
     'In forward: self.layer(x) + alpha/rank * (x @ A.T @ B.T). The merged matrix is W + alpha/rank * B @ A.', _layers,
     judge=_attached, explain=_adapter_told)
 
-# %% ../../nbs/workshop/10_lora.ipynb #4df537a0
+# %% ../../nbs/workshop/10_lora.ipynb #289c0bd5
 def adapter_of_a_block() -> dict: # 'numbers' and 'percent'
     "Counted on a block of PixArt-XL/2 with the released targets, on the meta device."
     with torch.device('meta'):
