@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABSENT', 'KIND_OF', 'FIRST', 'LAST', 'ORDERS', 'DOUBT', 'Eye', 'Layer', 'Evaluator', 'own_state', 'shifted',
            'blurred', 'augment', 'said_scores', 'as_scores', 'attribute_log_probs', 'read_attributes',
-           'attribute_accuracy', 'chance_accuracy', 'save_evaluator', 'load_evaluator']
+           'attribute_accuracy', 'accuracy_of', 'chance_accuracy', 'save_evaluator', 'load_evaluator']
 
 # %% ../../nbs/evidence/judge.ipynb #383279c1
 from itertools import permutations
@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from ..core import load_tensors, require, save_tensors
 from ..folders import shipped
-from .distances import bootstrap_interval, imagenet_features, unit_range
+from .distances import EYE_BLOCKS, bootstrap_interval, imagenet_features, unit_range
 from ..world.words import ATTRIBUTES, KINDS, SLOTS
 
 # %% ../../nbs/evidence/judge.ipynb #f3c973bf
@@ -30,15 +30,18 @@ class Eye(nn.Module):
         super().__init__()
         self.imagenet = imagenet_features()
 
-    def forward(self, images):
+    def look(self, images):
+        "What the places show, and the last block's output (B, 112, 14, 14), from which ImageNet's features follow."
         net, kept = self.imagenet.network, []
         h = net._swish(net._bn0(net._conv_stem(self.imagenet.prepare(images))))  # (B, 32, 112, 112)
-        for i, part in enumerate(net._blocks[:11]):
+        for i, part in enumerate(net._blocks[:EYE_BLOCKS]):
             h = part(h)
-            if i in (2, 4, 10): kept.append(h)                                  # 24 x 56², 40 x 28², 112 x 14²
+            if i in (2, 4): kept.append(h)                                      # 24 x 56², 40 x 28²
         colours = 4*F.interpolate(images, (28, 28), mode='area')
         fine = torch.cat([F.avg_pool2d(kept[0], 2), kept[1], colours], 1)       # (B, 67, 28, 28)
-        return torch.cat([kept[2], F.pixel_unshuffle(fine, 2)], 1).flatten(2).mT   # (B, 196, 112 + 4*67)
+        return torch.cat([h, F.pixel_unshuffle(fine, 2)], 1).flatten(2).mT, h   # (B, 196, 112 + 4*67)
+
+    def forward(self, images): return self.look(images)[0]
 
 class Layer(nn.Module):
     "Attention of questions to places and to each other, and two linear layers, each beside a straight path."
@@ -88,7 +91,10 @@ class Evaluator(nn.Module):
 
     def logits(self, seen): # (B, 196, 380)
         "Logits (B, A, ABSENT + 1), -inf for classes that an attribute does not have."
-        x = self.answers(seen)
+        return self.named(self.answers(seen))
+
+    def named(self, x): # (B, 1 + SLOTS, 128), of `answers`
+        "The same from the answers."
         of_all = self.of_all(x[:, 0]).unflatten(1, (-1, ABSENT + 1))
         of_one = self.of_one(x[:, 1:]).unflatten(2, (len(KINDS), -1)).flatten(1, 2)     # (B, SLOTS*kinds, ABSENT + 1)
         return torch.cat([of_all[:, :FIRST], of_one, of_all[:, FIRST:]], 1).float() + self.impossible
@@ -214,20 +220,27 @@ def attribute_accuracy(
     evaluator: nn.Module, # an `Evaluator`
     images: torch.Tensor, # (N, 3, 128, 128), uint8 or floats in [0, 1]
     labels: torch.Tensor, # (N, A) class indices, -1 where unsaid or absent
+    **options # of `accuracy_of`
+) -> dict: # of `accuracy_of`
+    "Share of mentioned attributes that the evaluator finds in pictures; `ValueError` on other shapes or ranges."
+    _check_labels(labels, images)
+    return accuracy_of(attribute_log_probs(evaluator, images), labels, **options)
+
+def accuracy_of(
+    logs: torch.Tensor, # (N, A, ABSENT + 1) log-probabilities
+    labels: torch.Tensor, # (N, A) class indices, -1 where unsaid or absent
     draws: int = 1000, # bootstrap draws
     seed: int = 0, # of the bootstrap
 ) -> dict: # overall, whole picture, log_likelihood and intervals; category, objects, images: ready for JSON
-    "Share of mentioned attributes that the evaluator finds (1, 2), overall and by group, and their log-likelihood (3)."
-    _check_labels(labels, images)
+    "Share of mentioned attributes that were found (1, 2), overall and by group, and their log-likelihood (3)."
     said = _asked(labels)                                                       # (N, A)
-    logs = attribute_log_probs(evaluator, images)                               # (N, A, ABSENT + 1)
     right = said_scores(as_scores(logs.argmax(-1)), labels)*said                # (N, A)
     likely = said_scores((logs.exp()*(1 - DOUBT) + DOUBT/(ABSENT + 1)).log(), labels)*said   # (N, A)
     whole = {'overall': (right.sum()/said.sum()).item(), 'log_likelihood': (likely.sum()/said.sum()).item()}
     for name, score in {'interval': right, 'log_likelihood_interval': likely}.items():
         whole[name] = bootstrap_interval(score.sum(1), said.sum(1), draws, seed)
     whole['whole picture'] = ((right > 0) == said).all(1).float().mean().item()
-    return whole | _by_group(right, said, labels) | {'images': len(images)}
+    return whole | _by_group(right, said, labels) | {'images': len(labels)}
 
 # %% ../../nbs/evidence/judge.ipynb #a2b0705a
 def chance_accuracy(

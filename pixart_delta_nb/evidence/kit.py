@@ -19,7 +19,7 @@ from ..world.scenes import render_many
 from ..world.captions import make
 from ..world.words import attributes
 from .clip import load_clip
-from .distances import imagenet_features
+
 from .judge import Evaluator, chance_accuracy, load_evaluator
 from .scores import all_scores
 from .public import inception_features, public_clip
@@ -125,7 +125,8 @@ def open_kit(
     "The shipped networks, or your own; `ValueError` where public ones cannot be fetched."
     fetched = {'inception': inception_features(), 'public_clip': public_clip()} if public else {}
     teacher, student = load_pipeline(weights), load_pipeline(weights, student=student)
-    kit = Kit(teacher, student, load_evaluator(), imagenet_features(), **fetched)
+    judge = load_evaluator()
+    kit = Kit(teacher, student, judge, judge.eye.imagenet, **fetched)           # one network, looked through once
     if (shipped('clip')/'card.json').is_file(): kit.clip = load_clip()
     if weights is None and (shipped('lora')/'card.json').is_file():
         kit.lora = load_pipeline()
@@ -199,9 +200,10 @@ def grade(
     kit: Kit, # whose networks judge
     fake: torch.Tensor, # (N, 3, 128, 128) in [0, 1]
     paper: dict, # of `exam`, with N captions
+    looked: dict | None = None, # of `seen_by`, where the pictures were looked at already
 ) -> dict: # name -> number, and 'intervals': name -> (low, high), or None for fewer than 16 pictures; ready for JSON
     "All scores of pictures, with a 95 % interval each; `ValueError` unless there is one picture a caption."
     require(len(fake) == len(paper['captions']),
             lambda: f'there are {len(fake)} pictures for {len(paper["captions"])} captions; an exam has one answer a '
                     'question, so draw one picture for each caption.')
-    return all_scores(kit, fake, paper)
+    return all_scores(kit, fake, paper, looked)

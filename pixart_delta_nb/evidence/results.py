@@ -10,8 +10,9 @@ __all__ = ['HEADS', 'DIGITS', 'PAIRS', 'measure', 'rows_of', 'table_text', 'dist
 import textwrap
 import torch
 from ..plots import PALETTE, image_grid, use_style
-from .judge import attribute_accuracy
+from .judge import accuracy_of
 from .kit import METHODS, Kit, autoencoder_psnr, exam, grade, images_of, real_images
+from .scores import seen_by
 from .speed import measure_speed
 
 # %% ../../nbs/evidence/results.ipynb #f015fc49
@@ -26,9 +27,10 @@ def measure(
     paper, table = exam(images, seed), []
     for m in methods:
         fake = images_of(kit.teacher, kit.student, m, paper['captions'])
-        by_category = {'accuracy': attribute_accuracy(kit.judge, fake, paper['labels'])}
+        looked = seen_by(kit, fake)
+        by_category = {'accuracy': accuracy_of(looked['logs'], paper['labels'])}
         table.append({'method': m.name, 'network': m.network, 'steps': m.steps, 'evaluations': m.evaluations}
-                     | grade(kit, fake, paper) | by_category)
+                     | grade(kit, fake, paper, looked) | by_category)
     speed = [measure_speed(kit.teacher, kit.student, (paper['captions']*batch_size)[:b]) for b in (1, batch_size)]
     renders = _ceiling(kit, paper, seed)
     return {'images': images, 'caption_seed': seed, 'quality': table, 'renders': renders, 'speed': speed}
@@ -36,8 +38,9 @@ def measure(
 def _ceiling(kit, paper, seed):
     "What the true renders of the captions get, and what is left of them after the autoencoder."
     same, decoded = real_images(seed, len(paper['captions'])), paper['reconstructed'](kit)
-    read = {'accuracy': attribute_accuracy(kit.judge, same, paper['labels'])}
-    return grade(kit, same, paper) | read | {'psnr': autoencoder_psnr(kit.teacher.vae, same),
+    looked = seen_by(kit, same)
+    read = {'accuracy': accuracy_of(looked['logs'], paper['labels'])}
+    return grade(kit, same, paper, looked) | read | {'psnr': autoencoder_psnr(kit.teacher.vae, same),
                                              'decoded': grade(kit, decoded, paper)}
 
 # %% ../../nbs/evidence/results.ipynb #ab951da4
