@@ -59,7 +59,7 @@ def test_fig2_with_every_variant(kit, data, tmp_path):
 def test_fig8_goes_on_with_the_first_run_of_fig2(kit, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fig2.run_fig2(kit, data=data, marks=(0, 1), images=2, steps=(1,))
-    note = tmp_path/'runs/fig2/omega-3.5-16-0/000001/config.json'
+    note = tmp_path/'runs/fig2/omega-3.5-48-0/000001/config.json'
     stamp = note.stat().st_mtime_ns
     found = fig8.run_fig8(kit, marks=(0, 1), captions=1, steps=1)               # without data, so nothing is trained
     assert found['columns'] == ['0', '1'] and note.stat().st_mtime_ns == stamp

@@ -17,7 +17,7 @@ from ..plots import PALETTE, use_style
 from ..sampling import decode, sample_student
 
 # %% ../../nbs/evidence/fig2.ipynb #3079b121
-BATCHES = {16: (0,)}                                                            # batch size: seeds of its runs
+BATCHES = {48: (0,)}                                                            # batch size: seeds of its runs
 
 def variants_of(
     omega: float, # the student's own
@@ -40,7 +40,7 @@ def run_fig2(
     run='runs/fig2', # folder of the runs
     data=None, # D_z, see `snapshots`
     marks=MARKS, batches=BATCHES, # iterations to grade; batch size: seeds
-    images=48, seed=101, # captions, and the data set that they come from
+    images=128, seed=101, # captions, and the data set that they come from
     steps=(1, 4), # of the student's sampler
     variants=None, # as of `variants_of`; None: the student's own ω alone
     **settings # of `snapshots`
@@ -174,4 +174,4 @@ def tell_fig2(found: dict) -> str: # of `run_fig2`
                     + _statements(ends))
 
 FIGURE = Figured('Distilling with other ω (Fig. 2)', run_fig2, draw_fig2, tell_fig2,
-                 16*600*6 + 7*48*(1 + 4))
+                 48*1000*6 + 5*128*(1 + 4))

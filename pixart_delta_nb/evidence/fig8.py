@@ -18,7 +18,7 @@ from ..sampling import decode, sample_student
 @measured('8')
 def run_fig8(
     kit: Kit,
-    run=None, # folder of the run; None: of Figure 2, the student's ω, batch 16, seed 0
+    run=None, # folder of the run; None: of Figure 2, the student's ω, batch 48, seed 0
     data=None, # D_z, see `snapshots`
     marks=MARKS, # iterations shown
     captions=4, # rows
@@ -28,12 +28,12 @@ def run_fig8(
 ) -> dict:
     "Few-step samples from the snapshots of one distillation run, which goes on from where it stopped."
     omega = omega_of(kit.student)
-    settings = {'seed': 0, 'omega': omega, 'batch_size': 16} | settings         # the first run of `run_fig2`
-    texts, columns, run = prompts(seed, captions)[0], [], run or f'runs/fig2/omega-{omega}-16-0'
+    settings = {'seed': 0, 'omega': omega, 'batch_size': 48} | settings         # the first run of `run_fig2`
+    texts, columns, run = prompts(seed, captions)[0], [], run or f'runs/fig2/omega-{omega}-48-0'
     for _, network in snapshots(kit.teacher, data, run, marks, **settings):
         pipe = dataclasses.replace(kit.student, transformer=network)
         columns.append(decode(pipe, sample_student(pipe, texts, steps)).cpu())
     about = {'seeds': {'captions': seed, 'run': settings['seed']}, 'settings': WORKSHOP | settings}
     return strip_of(torch.stack(columns, 1), texts, [str(m) for m in sorted(marks)], **about)
 
-FIGURE = Figured('Four steps while distilling (Fig. 8)', run_fig8, draw_strip_of, tell_strip, 16*600*6 + 7*4*4)
+FIGURE = Figured('Four steps while distilling (Fig. 8)', run_fig8, draw_strip_of, tell_strip, 48*1000*6 + 5*4*4)
