@@ -9,7 +9,7 @@ __all__ = ['REPORT_SECONDS', 'FEWER', 'FIGURE', 'fit_cost', 'run_table2', 'rows_
 # %% ../../nbs/evidence/table2.ipynb #8e3c27da
 from ..core import require
 from .drawing import table_cells
-from .figured import Figured, measured
+from .figured import Figured, measured, stored
 from .kit import Kit, Method, prompts
 from .speed import measure_speed
 from ..plots import PALETTE, use_style
@@ -42,10 +42,13 @@ def run_table2(
     methods=FEWER, # the first is compared with the last
     repeats=5, # rounds, of which the medians count
     seed=101, # of the captions
+    paper=None, # of `bench` at paper scale; None: results/bench-1024.json, where it has been made
 ) -> dict:
-    "Seconds by part of teacher and student on this machine."
+    "Seconds by part of teacher and student on this machine, beside the 0.6B model's."
     speed = measure_speed(kit.teacher, kit.student, prompts(seed, batch_size)[0], methods, repeats)
-    return {'speed': speed, 'report': REPORT_SECONDS, 'repeats': repeats, 'seeds': {'captions': seed}}
+    paper = paper or stored('bench-1024')
+    beside = {'paper': {k: paper[k] for k in ('device', 'resolution', 'dtype', 'methods', 'batch')}} if paper else {}
+    return {'speed': speed, 'report': REPORT_SECONDS, 'repeats': repeats, 'seeds': {'captions': seed}} | beside
 
 # %% ../../nbs/evidence/table2.ipynb #b58f4dd9
 def rows_table2(
@@ -66,6 +69,9 @@ def beside_table2(
 ) -> list: # dicts: where, seconds with 4 and 14 steps, ratio, and the two parts of equation (1)
     "The report's rows and this machine's in one table, with what equation (1) makes of them."
     pairs = {f'report, {gpu}, 1024px': (r['PixArt-δ 4'], r['PixArt-α 14']) for gpu, r in found['report'].items()}
+    if paper := found.get('paper'):
+        whole = [(m['whole'] - m['text'])/paper['batch'] for m in reversed(paper['methods'].values())]
+        pairs[f"{paper['device']}, {paper['resolution']}px, random weights, without text"] = tuple(whole)
     methods, B, rows = found['speed']['methods'], found['speed']['batch'], []
     pairs['here, 128px'] = tuple(methods[name]['whole']/B for name in ('student 4', 'teacher 14'))
     for name, (fast, slow) in pairs.items():
