@@ -31,7 +31,7 @@ class Mixture:
                         f'{tuple(self.std.shape)}; they must be (K,), (K, D) and (K,).')
         require_values(self.weight, lambda w: (w > 0).all() and abs(w.sum() - 1) < 1e-6,
                        lambda: f'weight is {self.weight.tolist()}; it must be positive and sum to one.')
-        require_values(self.std, lambda s: (s > 0).all(), lambda: f'std is {self.std.tolist()}; each must have a width.')
+        require_values(self.std, lambda s: (s>0).all(), lambda: f'std is {self.std.tolist()}; each must have a width.')
 
     def given(self, clusters: Sequence[int]) -> 'Mixture': # the data that a caption describes
         """Keep some clusters, which is conditioning on a caption that names them.
