@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .console import check_writable, command, main, option, require
+from .workshop import course, demo, doctor    # these bring lab, demo and doctor
 
 # %% ../nbs/16_cli.ipynb #b0c27394
 Folder = option(Path, 'Folder to write to.')
