@@ -92,9 +92,9 @@ def weights_folder() -> Path:
 def digests(
     folder: Path # of weights
 ) -> dict: # name below the folder → [bytes, SHA-256]
-    "Size and digest of every file but the manifest."
+    "Size and digest of every file that a network is loaded from, which leaves out the manifest and what people read."
     from pixart_delta_nb.core import sha256
-    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in folder.rglob('*.*') if p.suffix in ('.safetensors', '.json') and p.name != MANIFEST)
     return {p.relative_to(folder).as_posix(): [p.stat().st_size, sha256(p)] for p in files}
 
 # %% ../../nbs/workshop/doctor.ipynb #003c18dd
