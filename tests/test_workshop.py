@@ -191,14 +191,14 @@ def test_a_page_holds_no_answer_and_no_output(name):
 
 
 @pytest.mark.parametrize('name', PAGES)
-def test_every_check_of_a_page_that_nobody_has_filled_in_says_so(name):
+def test_a_page_that_nobody_has_filled_in_runs_to_its_end(name, monkeypatch):
+    monkeypatch.setenv('MPLBACKEND', 'agg')
     found = {}
-    cells = [''.join(c['source']) for c in json.loads(generated()[name])['cells'] if c['cell_type'] == 'code']
-    setup = tagged(PAGES[name], 'setup')
-    for text in cells:
-        if text in setup or text.startswith(('from pixart_delta_nb.workshop', 'import')) or text in map(blank_source, tagged(PAGES[name], 'solution')): exec(text, found)
+    for cell in json.loads(generated()[name])['cells']:
+        if cell['cell_type'] == 'code': exec(''.join(cell['source']), found)
     mine = [e for e in ALL if page_of(e) == name]
-    assert mine and all(not check(e, found[e.name]).ok and check(e, found[e.name]).words for e in mine)
+    verdicts = [check(e, found[e.name]) for e in mine]
+    assert mine and not any(verdicts) and all(v.words for v in verdicts)
 
 
 @pytest.mark.parametrize('name', PAGES)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['INTRODUCTION', 'blank_source', 'blank_notebook', 'blanks', 'write_blanks']
 
-# %% ../../nbs/workshop/00b_blanks.ipynb #9a72887c
+# %% ../../nbs/workshop/00b_blanks.ipynb #14d7bca2
 import ast, json, os, re, sys
 from pathlib import Path
 import pixart_delta_nb
 from ..core import require, write_atomic
 
-# %% ../../nbs/workshop/00b_blanks.ipynb #c870d348
+# %% ../../nbs/workshop/00b_blanks.ipynb #b76fb632
 def _masked(lines: list) -> list:
     "Lines marked `# given` without their mark, and one line of dots for each run of others."
     out = []
@@ -31,7 +31,7 @@ def _blank_function(node, lines: list) -> list:
     start = body.end_lineno if ast.get_docstring(node) is not None else body.lineno - 1
     return lines[first - 1:start] + (_masked(lines[start:node.end_lineno]) or [' '*body.col_offset + '...'])
 
-# %% ../../nbs/workshop/00b_blanks.ipynb #10a672d2
+# %% ../../nbs/workshop/00b_blanks.ipynb #ddce4fd6
 def _blank_node(node, lines: list) -> list:
     "The lines that are left of one statement."
     if isinstance(node, (ast.Import, ast.ImportFrom)): return lines[node.lineno - 1:node.end_lineno]
@@ -59,7 +59,7 @@ def blank_source(
         out += ([''] if out and isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []) + kept
     return '\n'.join(out)
 
-# %% ../../nbs/workshop/00b_blanks.ipynb #d5ca1e34
+# %% ../../nbs/workshop/00b_blanks.ipynb #8d011be9
 INTRODUCTION = '''
 
 Cells with three dots are yours. Write your answer, run the cell, and run the check below it, which says in words what
@@ -88,7 +88,7 @@ def _import_line(cells: list) -> str:
     names = re.findall(r'(?m)^([A-Z]\w*) = Exercise\(', text)
     return f'from pixart_delta_nb.{room} import {", ".join(names)}'
 
-# %% ../../nbs/workshop/00b_blanks.ipynb #d7ad9ce9
+# %% ../../nbs/workshop/00b_blanks.ipynb #13feb9a4
 def _blank_cell(cell: dict, imports: str, here: Path, place: Path) -> dict | None:
     "A cell of the student's page, or None for one that stays with the teacher."
     text, code = ''.join(cell['source']), cell['cell_type'] == 'code'
@@ -113,7 +113,7 @@ def blank_notebook(
     return {'cells': cells, 'metadata': {'kernelspec': notebook['metadata']['kernelspec']},
             'nbformat': 4, 'nbformat_minor': 5}
 
-# %% ../../nbs/workshop/00b_blanks.ipynb #d4292f78
+# %% ../../nbs/workshop/00b_blanks.ipynb #c0ba64e0
 def blanks(
     place: str | Path, # the folder where the pages will lie
     notebooks: str | Path | None = None, # folder of the notebooks with solutions; that of the checkout if None

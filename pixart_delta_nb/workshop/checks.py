@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Case', 'Exercise', 'Note', 'Verdict', 'check', 'hint', 'solution', 'exercises']
 
-# %% ../../nbs/workshop/00a_checks.ipynb #a500660b
+# %% ../../nbs/workshop/00a_checks.ipynb #0695fe4a
 import copy, inspect, linecache, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core import one_line, require
 from .differences import close_to, fault_of, in_short, kind_of, remark
 
-# %% ../../nbs/workshop/00a_checks.ipynb #9f1f67e9
+# %% ../../nbs/workshop/00a_checks.ipynb #6d224322
 @dataclass(frozen=True)
 class Case:
     "One set of arguments on which an answer is tried."
@@ -23,9 +23,22 @@ class Case:
     args: tuple = ()        # what the answer is called with; every call gets its own copy
     expected: object = None # the right result; None asks the exercise's solution
 
+# %% ../../nbs/workshop/00a_checks.ipynb #f1e65960
+class _Tried:
+    "What an exercise does with its fields."
+    @property
+    def predicts(self) -> bool: return self.cases is None # whether the answer is a value, not a function
 
+    def close(self, got: Tensor, expected: Tensor) -> bool: # within this exercise's tolerance
+        return close_to(got, expected, self.rtol, self.atol)
+
+    def trials(self) -> list: # the cases, the same at every call
+        if self.predicts: return [Case('your prediction')]
+        with torch.random.fork_rng(devices=[]): return self.cases(torch.Generator().manual_seed(self.number))
+
+# %% ../../nbs/workshop/00a_checks.ipynb #d9aea553
 @dataclass(frozen=True)
-class Exercise:
+class Exercise(_Tried):
     """A task, its reference, its cases and the mistakes that people make.
 
     `ValueError` for a page without three mistakes, a task or a hint."""
@@ -49,16 +62,7 @@ class Exercise:
         require(bool(self.task and self.hint), lambda: f'exercise {self.number} lacks a task or a hint; write both.')
         if not self.name: object.__setattr__(self, 'name', self.solution.__name__)
 
-    @property
-    def predicts(self) -> bool: return self.cases is None # whether the answer is a value, not a function
-
-    def close(self, got: Tensor, expected: Tensor) -> bool: # within this exercise's tolerance
-        return close_to(got, expected, self.rtol, self.atol)
-
-    def trials(self) -> list: # the cases, the same at every call
-        return [Case('your prediction')] if self.predicts else self.cases(torch.Generator().manual_seed(self.number))
-
-# %% ../../nbs/workshop/00a_checks.ipynb #8cb99628
+# %% ../../nbs/workshop/00a_checks.ipynb #6ab45108
 def _line_of(error: Exception, answer) -> str:
     "Where an exception left the learner's own function: ', in line 2 of it: `x = y`', or nothing."
     code, trace, found = getattr(answer, '__code__', None), error.__traceback__, ''
@@ -76,7 +80,7 @@ def _raised(error: Exception, answer) -> str:
     told = one_line(str(error), 160)
     return f'your answer raised {type(error).__name__}{f" ({told})" if told else ""}{_line_of(error, answer)}'
 
-# %% ../../nbs/workshop/00a_checks.ipynb #f7b421f2
+# %% ../../nbs/workshop/00a_checks.ipynb #ec3b4723
 def _outcome(exercise: Exercise, answer, args: tuple):
     "What an answer gives for a case; the answer itself for a prediction."
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -98,7 +102,7 @@ def _unusable(got) -> str | None:
     numbers = [torch.as_tensor(x) for x in parts if isinstance(x, (int, float, Tensor))]
     if not all(x.isfinite().all() for x in numbers): return 'some numbers are not finite (NaN or infinity)'
 
-
+# %% ../../nbs/workshop/00a_checks.ipynb #0c942796
 def _agree(exercise: Exercise, got, expected) -> str | None:
     "None where an outcome passes, else what is wrong with it."
     if exercise.agree is None: return fault_of(got, expected, exercise.close)
@@ -113,7 +117,7 @@ def _told(x) -> str:
     if not isinstance(x, (int, float, Tensor)): return one_line(str(x), 120)
     return in_short(torch.as_tensor(x)) if torch.as_tensor(x).numel() < 5 else kind_of(x)
 
-# %% ../../nbs/workshop/00a_checks.ipynb #530b67a3
+# %% ../../nbs/workshop/00a_checks.ipynb #ca5488d8
 def _is_mistake(exercise: Exercise, mistake, outcomes: list, trials: list) -> bool:
     "Whether a named wrong answer gives the learner's outcomes on every case."
     try: return all(fault_of(got, _outcome(exercise, mistake, case.args), exercise.close) is None
@@ -136,7 +140,7 @@ def _diagnosis(exercise: Exercise, answer, outcomes: list, trials: list, which: 
     named = (words for words, mistake in exercise.mistakes.items() if _is_mistake(exercise, mistake, outcomes, trials))
     return next(named, remark(outcomes[which], expected))
 
-# %% ../../nbs/workshop/00a_checks.ipynb #fdc59d85
+# %% ../../nbs/workshop/00a_checks.ipynb #231eb10c
 @dataclass(frozen=True, repr=False)
 class Note:
     "Something said to the learner: plain text in a terminal, a box in a notebook."
@@ -162,7 +166,7 @@ class Verdict(Note):
     ok: bool = False
     def __bool__(self) -> bool: return self.ok
 
-# %% ../../nbs/workshop/00a_checks.ipynb #ebf57e06
+# %% ../../nbs/workshop/00a_checks.ipynb #97a8e1b5
 def _verdict(exercise: Exercise, ok: bool, words: str) -> Verdict:
     "A verdict in its place and colour."
     sign, colour, said = ('✔', '#009E73', 'right') if ok else ('✘', '#D55E00', 'not yet')
@@ -182,7 +186,7 @@ def _unfit(exercise: Exercise, answer, trials: list) -> str:
     except ValueError: pass                                          # a builtin, which does not tell
     return ''
 
-# %% ../../nbs/workshop/00a_checks.ipynb #a8ed409c
+# %% ../../nbs/workshop/00a_checks.ipynb #8c8aacf7
 def _first_fault(exercise: Exercise, answer, trials: list) -> tuple: # (outcomes, index or None, its fault)
     "The outcomes of all cases, and the first that is wrong."
     outcomes, which, fault = [], None, ''
@@ -195,7 +199,7 @@ def _first_fault(exercise: Exercise, answer, trials: list) -> tuple: # (outcomes
         if found is not None: which, fault = i, found
     return outcomes, which, fault
 
-
+# %% ../../nbs/workshop/00a_checks.ipynb #de82fec8
 def check(
     exercise: Exercise,
     answer, # a function; a value for a prediction; whatever the exercise's judge takes
@@ -212,7 +216,7 @@ def check(
     why = _diagnosis(exercise, answer, outcomes, trials, which) if len(outcomes) == len(trials) else ''
     return _verdict(exercise, False, f'{place}{fault}. {why}'.strip())
 
-# %% ../../nbs/workshop/00a_checks.ipynb #5871d9be
+# %% ../../nbs/workshop/00a_checks.ipynb #08116d5e
 def hint(exercise: Exercise) -> Note: return Note(f'Hint for exercise {exercise.number}.', exercise.hint, sign='?')
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'END_OF_PATH', 'CHEAT', 'SHARE', 'DRAW', 'GUIDED', 'honest_map', 'share_with_loss']
 
-# %% ../../nbs/workshop/03_consistency.ipynb #7cebb7dc
+# %% ../../nbs/workshop/03_consistency.ipynb #da4beeb1
 import torch
 from torch import Tensor
 from ..consistency import (boundary_scalings, consistency_function, guide, multistep_consistency_sample)
@@ -13,7 +13,7 @@ from ..schedules import (add_noise, alpha_bar_from_betas, at, eps_to_x0, gaussia
                                        linear_betas, skip_grid)
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/03_consistency.ipynb #bd97b72b
+# %% ../../nbs/workshop/03_consistency.ipynb #7486fdb6
 def _time_cases(g):
     return [Case('the clean end, t = 0', (torch.tensor([0.]),)),
             Case('times below one step', (torch.tensor([.01, .05, .3]),)),
@@ -38,7 +38,7 @@ WEIGHTS = Exercise(
         lambda t: (_weights()(t)[0], 1 - _weights()(t)[0])},
     'Compute u, then the sum u² + 0.25 that both weights share.', _time_cases, name='weights', atol=1e-7)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #1e020d48
+# %% ../../nbs/workshop/03_consistency.ipynb #a3b4a200
 def _map_cases(g):
     table, pair = alpha_bar_from_betas(linear_betas()), lambda *shape: torch.randn(2, *shape, generator=g).unbind()
     return [Case('two points at t = 499 and 999', (*pair(2, 1), torch.tensor([499, 999]), table)),
@@ -53,6 +53,7 @@ def _with(combine):
         return combine(x_t, eps_to_x0(x_t, eps, ab), eps, skip, out, ab)
     return end_of_path
 
+# %% ../../nbs/workshop/03_consistency.ipynb #c29e7173
 END_OF_PATH = Exercise(
     12, 'the consistency function', 'The end of a path from noisy data and predicted noise.', consistency_function, {
     'You returned x̂₀ alone, so the boundary condition f(x, 0) = x does not hold.':
@@ -68,7 +69,7 @@ END_OF_PATH = Exercise(
     'Take alpha_bar[t] and the weights, reshape all three to (B, 1, …, 1), and combine.', _map_cases,
     name='end_of_path', rtol=1e-3)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #06602a23
+# %% ../../nbs/workshop/03_consistency.ipynb #00f9946e
 _GRID = torch.tensor([0, *skip_grid().tolist()])
 
 def _on_paths(g):
@@ -89,7 +90,7 @@ def _test_cheat(answer, ends, paths):
     return {'change along a path': size(said - said[0]), 'distance to the end': size(said - ends),
             'change from t = 19 on': size(said[1:] - said[1]), 'distance to the input': size(said - paths)}
 
-# %% ../../nbs/workshop/03_consistency.ipynb #fa410f57
+# %% ../../nbs/workshop/03_consistency.ipynb #368fbbea
 def _is_cheat(found, expected):
     "Consistent, and wrong."
     return found['change along a path'] < 1e-4 and found['distance to the end'] > .1
@@ -110,6 +111,7 @@ def _guess(x, t):
     ab = at(alpha_bar_from_betas(linear_betas()), t, x)
     return eps_to_x0(x, gaussian_eps(x, ab, .5), ab)
 
+# %% ../../nbs/workshop/03_consistency.ipynb #09a8a3b2
 CHEAT = Exercise(
     13, 'break the boundary condition', 'A function that is the same along each path and knows nothing of its end.',
     honest_map, {_RIGHT: honest_map, _INPUT: lambda x, t: x, _GUESS: _guess,
@@ -118,7 +120,7 @@ CHEAT = Exercise(
     lambda g: [Case('64 paths at the points of the grid', _on_paths(g), expected='consistent and wrong')],
     name='cheat', judge=_test_cheat, agree=_is_cheat, explain=_why_no_cheat)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #7b863a2e
+# %% ../../nbs/workshop/03_consistency.ipynb #67999385
 def share_with_loss() -> float:
     "Share of the grid's pairs on which a student that answers 0 for t > 0 and x at t = 0 is inconsistent."
     ends, paths = _on_paths(torch.Generator().manual_seed(0))
@@ -131,10 +133,12 @@ SHARE = Exercise(
     'With the boundary condition the cheat is not free of loss: one pair contains t = 0.': 0.,
     'Most pairs compare zero with zero; only where the two answers differ is there a loss.': 1.,
     'The grid has one point in twenty steps; count its pairs, not the thousand steps.': .001,
+    'The fifty points of the grid above 0 each begin one pair, so there are fifty pairs, not 49 or 51.': 1/49,
+    'There are fifty points above 0; with t = 0 that makes 51 points and fifty pairs.': 1/51,
     'Twenty is the number of steps between two points; the number of pairs is a thousand over twenty.': .05},
-    'Count the pairs, then count those whose two answers differ.', name='share', rtol=.01, atol=5e-4)
+    'Count the pairs, then count those whose two answers differ.', name='share', rtol=.005, atol=1e-9)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #ececa6e5
+# %% ../../nbs/workshop/03_consistency.ipynb #3857bee5
 def _shrinking(x, t): return torch.tanh(x)*(1 - t.reshape(-1, 1)/2000)
 
 def _draw_cases(g):
@@ -144,18 +148,26 @@ def _draw_cases(g):
             Case('two steps', (_shrinking, x, [999, 499], table, start())),
             Case('a single step', (_shrinking, x, [999], table, start()))]
 
-def _redraw(renew, last=False):
+def _redraw(renew, last=False, seeded=True, early=False):
     "A sampler that makes the next input of (estimate, x, fresh noise, ᾱ before, ᾱ now) otherwise, as a wrong answer."
     def draw(f, x, timesteps, alpha_bar, generator):
+        timesteps = timesteps[:-1] or timesteps if early else timesteps
         levels = alpha_bar[timesteps].to(x.dtype)
         for i, t in enumerate(timesteps):
             estimate = f(x, torch.full((len(x),), t))
             if i == len(timesteps) - 1 and not last: return estimate
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            noise = torch.randn(x.shape, generator=generator if seeded else None, dtype=x.dtype)
             x = renew(estimate, x, noise, levels[i], levels[min(i + 1, len(levels) - 1)])
         return x
     return draw
 
+def _noised_first(f, x, timesteps, alpha_bar, generator):
+    for t in timesteps:
+        x = add_noise(x, torch.randn(x.shape, generator=generator), alpha_bar[t])
+        x = f(x, torch.full((len(x),), t))
+    return x
+
+# %% ../../nbs/workshop/03_consistency.ipynb #8b6fa18f
 DRAW = Exercise(
     15, 'drawing in a few steps', 'Evaluate, add fresh noise at the next level, evaluate again.',
     multistep_consistency_sample, {
@@ -167,12 +179,17 @@ DRAW = Exercise(
         _redraw(lambda x0, x, noise, before, now: add_noise(x0, noise, before)),
     'You kept the old noise, as DDIM does; this sampler draws fresh noise, which buries the old error.':
         _redraw(lambda x0, x, noise, before, now: add_noise(x0, (x - before.sqrt()*x0)/(1 - before).sqrt(), now)),
+    'Your noise does not come from the generator, so nobody can repeat the picture; pass generator=generator.':
+        _redraw(lambda x0, x, noise, before, now: add_noise(x0, noise, now), seeded=False),
+    'You stopped one evaluation early; the last of the times is visited too.':
+        _redraw(lambda x0, x, noise, before, now: add_noise(x0, noise, now), early=True),
+    'You added noise before the first evaluation; x is noise of that level already.': _noised_first,
     'You added noise to the answer at full size; it takes the factor √ᾱ.':
         _redraw(lambda x0, x, noise, before, now: x0 + (1 - now).sqrt()*noise)},
     'Before every evaluation but the first: noisy (exercise 3) of the last answer, at the level of this step.',
     _draw_cases, name='draw')
 
-# %% ../../nbs/workshop/03_consistency.ipynb #66e1a11a
+# %% ../../nbs/workshop/03_consistency.ipynb #e87c84f1
 def _guide_cases(g):
     pair = lambda *shape: (torch.randn(*shape, generator=g), torch.randn(*shape, generator=g))
     two = torch.tensor([1., 4.5]).reshape(2, 1, 1, 1)
@@ -188,6 +205,8 @@ GUIDED = Exercise(
         lambda eps_c, eps_null, omega: eps_c - omega*(eps_c - eps_null),
     'You returned the direction alone; it is added to the captioned prediction.':
         lambda eps_c, eps_null, omega: omega*(eps_c - eps_null),
+    'You added the null prediction; its weight is −ω.':
+        lambda eps_c, eps_null, omega: (1 + omega)*eps_c + omega*eps_null,
     'You subtracted the null prediction once, whatever ω is; the weights 1 + ω and −ω add up to one.':
         lambda eps_c, eps_null, omega: (1 + omega)*eps_c - eps_null},
     'Start at the captioned prediction and go ω times the difference further.', _guide_cases, name='guided')

@@ -5,29 +5,33 @@
 # %% auto #0
 __all__ = ['in_short', 'kind_of', 'close_to', 'fault_of', 'remark']
 
-# %% ../../nbs/workshop/00_differences.ipynb #b53a8164
+# %% ../../nbs/workshop/00_differences.ipynb #e5ace86b
 from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# %% ../../nbs/workshop/00_differences.ipynb #027c2787
+# %% ../../nbs/workshop/00_differences.ipynb #80546a48
 def in_short(
     x: Tensor, # few numbers
+    digits: int = 5, # significant digits
 ) -> str:
     "A few numbers as a message may quote them."
-    shown = [f'{v:.5g}' if isinstance(v, float) else str(v) for v in x.flatten().tolist()]
+    shown = [f'{v:.{digits}g}' if isinstance(v, float) else str(v) for v in x.flatten().tolist()]
     return shown[0] if x.ndim == 0 else '[' + ', '.join(shown) + ']'
 
 
 def _values(got: Tensor, expected: Tensor) -> str:
     "Expected and got: whole if there are at most four numbers, else where they differ most."
-    if expected.numel() <= 4: return f'expected {in_short(expected)}, got {in_short(got)}'
+    if expected.numel() <= 4:
+        digits = 5 if in_short(expected) != in_short(got) else 10
+        return f'expected {in_short(expected, digits)}, got {in_short(got, digits)}'
     worst = (got.double() - expected.double()).abs().argmax()
     place = [int(i) for i in torch.unravel_index(worst, expected.shape)]
-    return (f'expected {in_short(expected.flatten()[worst])} at {place}, '
-            f'got {in_short(got.flatten()[worst])}')
+    right, wrong = expected.flatten()[worst], got.flatten()[worst]
+    digits = 5 if in_short(right) != in_short(wrong) else 10
+    return f'expected {in_short(right, digits)} at {place}, got {in_short(wrong, digits)}'
 
-# %% ../../nbs/workshop/00_differences.ipynb #c9c00115
+# %% ../../nbs/workshop/00_differences.ipynb #203ed117
 def _kind_fault(got: Tensor, expected: Tensor) -> str | None:
     "A sentence about shape or precision, or None."
     if got.shape != expected.shape:
@@ -44,13 +48,13 @@ def _tensor_fault(got, expected: Tensor, close: Callable) -> str | None:
         if expected.ndim or isinstance(got, bool) or not isinstance(got, (int, float)):
             wanted = f'a tensor of shape {tuple(expected.shape)}' if expected.ndim else 'a number'
             return f'expected {wanted}, got {kind_of(got)}'
-        got = torch.tensor(got)
+        got, expected = torch.tensor(got, dtype=torch.float64), expected.double()      # plain numbers, by value
     if (fault := _kind_fault(got, expected)) is not None: return fault
     if not got.isfinite().all() and expected.isfinite().all():
         return f'{int((~got.isfinite()).sum())} of {got.numel()} numbers are not finite (NaN or infinity)'
     if not close(got, expected): return _values(got, expected)
 
-# %% ../../nbs/workshop/00_differences.ipynb #8c064a34
+# %% ../../nbs/workshop/00_differences.ipynb #2b8208bd
 def kind_of(
     x, # anything
 ) -> str:
@@ -65,13 +69,14 @@ def _parts_fault(got, expected, keys, kind, close) -> str | None:
     "The first fault in the parts of a tuple or dictionary, or None."
     if not isinstance(got, kind) or len(got) != len(keys) or kind is dict and set(got) != set(keys):
         wanted = f'a dict with {", ".join(map(str, keys))}' if kind is dict else f'{len(keys)} values, as a tuple'
-        count = f' of {len(got)}' if isinstance(got, (tuple, list, dict)) else ''
+        count = f' of {len(got)}' if isinstance(got, (tuple, list)) else ''
+        if isinstance(got, dict): count = f' with {", ".join(map(str, got))}'
         return f'expected {wanted}, got {kind_of(got)}{count}'
     found = ((key, fault_of(got[key], expected[key], close)) for key in keys)
     name = lambda key: key if kind is dict else f'value {key + 1}'
     return next((f'{name(key)}: {fault}' for key, fault in found if fault is not None), None)
 
-# %% ../../nbs/workshop/00_differences.ipynb #9b51bd2c
+# %% ../../nbs/workshop/00_differences.ipynb #79fa6f89
 def close_to(
     got: Tensor, # any shape
     expected: Tensor, # the same shape
@@ -90,21 +95,22 @@ def fault_of(
     "What is wrong with a result, in words, from the outside to the inside."
     if got is None: return 'got None; either `return` is missing or the answer is unfinished'
     if got is ...: return 'got the dots of the blank; put your answer in their place'
-    if isinstance(expected, tuple):
+    if isinstance(expected, (tuple, list)):
         got = tuple(got) if isinstance(got, list) else got
-        return _parts_fault(got, expected, range(len(expected)), tuple, close)
+        return _parts_fault(got, tuple(expected), range(len(expected)), tuple, close)
     if isinstance(expected, dict): return _parts_fault(got, expected, list(expected), dict, close)
     if isinstance(expected, (int, float, Tensor)) and not isinstance(expected, bool):
         return _tensor_fault(got, torch.as_tensor(expected), close)
     return None if type(got) is type(expected) and got == expected else f'expected {expected!r}, got {got!r}'
 
-# %% ../../nbs/workshop/00_differences.ipynb #9eafebb5
+# %% ../../nbs/workshop/00_differences.ipynb #adf3be79
 def _patterns(got: Tensor, expected: Tensor):
     "(a result that has a pattern, the pattern in words), one after the other."
     factor, offset = (got*expected).sum()/(expected*expected).sum(), (got - expected).mean()
     yield -expected, 'The sign is reversed everywhere.'
-    yield factor*expected, f'Every number is {factor:.4g} times the right one.'
-    if expected.numel() > 1: yield expected + offset, f'Every number is off by {offset:+.4g}.'
+    several = expected.numel() > 1 and (expected != expected.flatten()[0]).any()    # one number has any factor
+    if several and abs(factor - 1) > 1e-3: yield factor*expected, f'Every number is {factor:.4g} times the right one.'
+    if several: yield expected + offset, f'Every number is off by {offset:+.4g}.'
     if expected.ndim and len(expected) > 1: yield expected.flip(0), 'The numbers are right, in reversed order.'
     if (expected >= 0).all():
         yield expected.sqrt(), 'Your numbers are the square roots of the right ones.'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHA_BAR', 'LOG_RATIO', 'ADD_NOISE', 'CLEAN', 'VELOCITY', 'MAGNIFIED', 'magnification']
 
-# %% ../../nbs/workshop/01_schedules.ipynb #01a4d574
+# %% ../../nbs/workshop/01_schedules.ipynb #6d97a066
 import math
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..schedules import (add_noise, alpha_bar_from_betas, eps_to_x0, linear_beta
                                        scaled_linear_betas, v_to_x0)
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/01_schedules.ipynb #39ae56ca
+# %% ../../nbs/workshop/01_schedules.ipynb #9d733cdb
 def _beta_cases(g):
     few = torch.rand(4, generator=g, dtype=torch.float64)*.3 + .05
     return [Case('four steps', (few,)), Case('a single step', (few[:1],)),
@@ -28,12 +28,14 @@ ALPHA_BAR = Exercise(
         lambda betas: 1 - betas.cumsum(0),
     'You took a root: √ᾱ is left of the amplitude, and ᾱ, the share of the variance, is asked for.':
         lambda betas: (1 - betas).cumprod(0).sqrt(),
+    'You computed in float32, whose rounding adds up over a thousand products; convert to float64 first.':
+        lambda betas: (1 - betas.float()).cumprod(0).double(),
     'Your table begins with 1, before the first step; entry 0 belongs after it and is 1 − β₀.':
         lambda betas: torch.cat([torch.ones_like(betas[:1]), (1 - betas[:-1]).cumprod(0)])},
     'What is left after two steps is (1 − β₀)(1 − β₁). Which function of torch multiplies along a tensor?',
-    _beta_cases, name='alpha_bar')
+    _beta_cases, name='alpha_bar', rtol=1e-10, atol=1e-12)
 
-# %% ../../nbs/workshop/01_schedules.ipynb #cedac65c
+# %% ../../nbs/workshop/01_schedules.ipynb #0c94cd99
 def _share_cases(g):
     return [Case('as much signal as noise', (torch.tensor([.5]),)),
             Case('six levels of noise', (torch.rand(6, generator=g),)),
@@ -44,6 +46,7 @@ LOG_RATIO = Exercise(
     'You took the ratio of the amplitudes, α/σ; with variances the logarithm is twice as large.':
         lambda alpha_bar: (alpha_bar/(1 - alpha_bar)).log()/2,
     'Your logarithm has base ten; the natural one is asked for.': lambda alpha_bar: (alpha_bar/(1 - alpha_bar)).log10(),
+    'Your logarithm has base two; the natural one is asked for.': lambda alpha_bar: (alpha_bar/(1 - alpha_bar)).log2(),
     'You divided the noise by the signal; the signal belongs above the line.':
         lambda alpha_bar: ((1 - alpha_bar)/alpha_bar).log(),
     'You left out the logarithm.': lambda alpha_bar: alpha_bar/(1 - alpha_bar),
@@ -51,7 +54,7 @@ LOG_RATIO = Exercise(
         lambda alpha_bar: alpha_bar.log()},
     'The variance of the signal is ᾱ and that of the noise 1 − ᾱ.', _share_cases, name='log_ratio')
 
-# %% ../../nbs/workshop/01_schedules.ipynb #9a8eaba7
+# %% ../../nbs/workshop/01_schedules.ipynb #b65c846a
 def _pictures(g, *shape): return torch.randn(*shape, generator=g), torch.randn(*shape, generator=g)
 
 def _noise_cases(g):
@@ -68,11 +71,13 @@ ADD_NOISE = Exercise(
         lambda x0, eps, alpha_bar_t: (1 - alpha_bar_t).sqrt()*x0 + alpha_bar_t.sqrt()*eps,
     'Your factors add up to one; their squares must, or the variance is lost.':
         lambda x0, eps, alpha_bar_t: alpha_bar_t.sqrt()*x0 + (1 - alpha_bar_t.sqrt())*eps,
+    'You subtracted the noise; it is added.':
+        lambda x0, eps, alpha_bar_t: alpha_bar_t.sqrt()*x0 - (1 - alpha_bar_t).sqrt()*eps,
     'You added the noise at full strength; its factor is √(1 − ᾱ).':
         lambda x0, eps, alpha_bar_t: alpha_bar_t.sqrt()*x0 + eps},
     'Variances of independent parts add up. Which factor gives a part the variance ᾱ?', _noise_cases, name='noisy')
 
-# %% ../../nbs/workshop/01_schedules.ipynb #8c24bb86
+# %% ../../nbs/workshop/01_schedules.ipynb #ef539bea
 def _clean_cases(g):
     one = torch.tensor([2.]), torch.tensor([1.]), torch.tensor(.64)
     return [Case('one number, ᾱ = 0.64', one),
@@ -89,11 +94,13 @@ CLEAN = Exercise(
         lambda x_t, eps, alpha_bar_t: (x_t - eps)/alpha_bar_t.sqrt(),
     'You subtracted (1 − ᾱ) ε; the amplitude of the noise is the root, √(1 − ᾱ).':
         lambda x_t, eps, alpha_bar_t: (x_t - (1 - alpha_bar_t)*eps)/alpha_bar_t.sqrt(),
+    'You divided the noise alone; all of what is left has to be divided by √ᾱ.':
+        lambda x_t, eps, alpha_bar_t: x_t - (1 - alpha_bar_t).sqrt()*eps/alpha_bar_t.sqrt(),
     'You added the noise once more; it has to be subtracted.':
         lambda x_t, eps, alpha_bar_t: (x_t + (1 - alpha_bar_t).sqrt()*eps)/alpha_bar_t.sqrt()},
     'Solve x_t = √ᾱ x₀ + √(1 − ᾱ) ε for x₀.', _clean_cases, name='clean')
 
-# %% ../../nbs/workshop/01_schedules.ipynb #8dd66fa2
+# %% ../../nbs/workshop/01_schedules.ipynb #7c00ad8f
 VELOCITY = Exercise(
     5, 'data from a velocity', 'The clean data from noisy data and velocity, without a division.', v_to_x0, {
     'You treated v as if it were the noise; x₀ = α x_t − σ v needs no division.':
@@ -102,11 +109,13 @@ VELOCITY = Exercise(
         lambda x_t, v, alpha_bar_t: alpha_bar_t.sqrt()*x_t + (1 - alpha_bar_t).sqrt()*v,
     'You exchanged α and σ: noisy data take the factor √ᾱ, the velocity √(1 − ᾱ).':
         lambda x_t, v, alpha_bar_t: (1 - alpha_bar_t).sqrt()*x_t - alpha_bar_t.sqrt()*v,
+    'You multiplied by the shares ᾱ and 1 − ᾱ; α and σ are their roots.':
+        lambda x_t, v, alpha_bar_t: alpha_bar_t*x_t - (1 - alpha_bar_t)*v,
     'You computed the noise, σ x_t + α v; the data are asked for.':
         lambda x_t, v, alpha_bar_t: (1 - alpha_bar_t).sqrt()*x_t + alpha_bar_t.sqrt()*v},
     'Put both definitions into α x_t − σ v and use α² + σ² = 1.', _clean_cases, name='from_velocity')
 
-# %% ../../nbs/workshop/01_schedules.ipynb #1ceff14a
+# %% ../../nbs/workshop/01_schedules.ipynb #1733742f
 def magnification() -> float:
     "The factor σ/α between an error of ε and that of x̂₀ at the last step of PixArt's schedule."
     last = alpha_bar_from_betas(linear_betas())[-1]

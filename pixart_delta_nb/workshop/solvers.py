@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'FLOW_END', 'SAMPLE', 'SHRINKS', 'measured_factors']
 
-# %% ../../nbs/workshop/02_solvers.ipynb #b33d43f0
+# %% ../../nbs/workshop/02_solvers.ipynb #388f8be5
 from functools import cache
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..schedules import (add_noise, alpha_bar_from_betas, continuous_alpha_bar, 
 from ..solvers import ddim_sample, ddim_step, dpm_solver_pp_2m
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/02_solvers.ipynb #87e08f92
+# %% ../../nbs/workshop/02_solvers.ipynb #079a3b85
 def _step_cases(g):
     draw = lambda *shape: torch.randn(*shape, generator=g)
     levels = torch.tensor([[.1], [.5], [.8]]), torch.tensor([[.3], [.6], [.9]])
@@ -32,10 +32,13 @@ def _moved(level_data=None, level_noise=None, fresh=False):
         return levels[level_data].sqrt()*x0 + (1 - levels[level_noise]).sqrt()*noise
     return step
 
+# %% ../../nbs/workshop/02_solvers.ipynb #01632def
 STEP = Exercise(
     7, 'one step of DDIM', 'From noisy data at one level to noisy data at another, with one prediction.', ddim_step, {
     'You returned x̂₀; the step goes on and adds the same noise again, at the level ᾱ_s.':
         lambda x_t, eps, alpha_bar_t, alpha_bar_s: eps_to_x0(x_t, eps, alpha_bar_t),
+    'You scaled x̂₀ and forgot the noise of the next level; add √(1 − ᾱ_s) ε.':
+        lambda x_t, eps, alpha_bar_t, alpha_bar_s: alpha_bar_s.sqrt()*eps_to_x0(x_t, eps, alpha_bar_t),
     'You added the noise at the old level; its factor is √(1 − ᾱ_s).': _moved(level_noise='t'),
     'You scaled x̂₀ with the old level; its factor is √ᾱ_s.': _moved(level_data='t'),
     'You drew fresh noise; DDIM is deterministic and uses the predicted ε again.': _moved(fresh=True),
@@ -44,7 +47,7 @@ STEP = Exercise(
     'Two lines: the estimate x̂₀ at level ᾱ_t (exercise 4), then adding noise at level ᾱ_s (exercise 3).',
     _step_cases, name='step')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #dc356a7e
+# %% ../../nbs/workshop/02_solvers.ipynb #fe99b98b
 def _flow_cases(g):
     last = alpha_bar_from_betas(linear_betas())[-1].float()
     return [Case('one point, ᾱ = 0.5, s = 2', (torch.tensor([1.]), torch.tensor(.5), 2.)),
@@ -61,12 +64,14 @@ FLOW_END = Exercise(
         lambda x_t, alpha_bar_t, std: x_t*std/_variance(alpha_bar_t, std),
     'You scaled to variance one; the data have the standard deviation s, so multiply by it.':
         lambda x_t, alpha_bar_t, std: x_t/_variance(alpha_bar_t, std).sqrt(),
+    'You multiplied by s and did not divide by the standard deviation of x_t.':
+        lambda x_t, alpha_bar_t, std: x_t*std,
     'You only undid the scaling by √ᾱ, as if there were no noise in x_t.':
         lambda x_t, alpha_bar_t, std: x_t/alpha_bar_t.sqrt()},
     'How many standard deviations from the centre is x_t? At the end it is as many, and a standard deviation is s.',
     _flow_cases, name='flow_end')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #ee425119
+# %% ../../nbs/workshop/02_solvers.ipynb #8f18dbd3
 def _bent(x, t): return torch.tanh(1.3*x) + .2*(t.to(x.dtype).reshape(-1, 1)/1000)
 
 def _narrow(x, t): return gaussian_eps(x, alpha_bar_from_betas(linear_betas())[t].reshape(-1, 1), .4)
@@ -78,8 +83,8 @@ def _sample_cases(g):
             Case('four steps for Gaussian data', (_narrow, x, [999, 700, 400, 100], table)),
             Case('two steps, where memory plays no part', (_bent, x, [800, 300], table))]
 
-def _multistep(weight, half=.5, last=False):
-    "A second-order sampler whose extrapolation has another weight, scale of λ, or goes on in the last step."
+def _multistep(weight, half=.5, last=False, sign=1, keep=False):
+    "A second-order sampler with another weight, scale of λ, last step, sign of x̂, or memory, as a wrong answer."
     def sample(network, x, timesteps, alpha_bar):
         levels, previous, h_before = [*alpha_bar[timesteps], alpha_bar.new_tensor(1 - 1e-12)], None, None
         for i, (t, ab_t, ab_s) in enumerate(zip(timesteps, levels, levels[1:])):
@@ -87,12 +92,13 @@ def _multistep(weight, half=.5, last=False):
             h = half*(log_snr(ab_s) - log_snr(ab_t))
             remembers = previous is not None and (last or i < len(timesteps) - 1)
             guess = x0 + weight(h, h_before)*(x0 - previous) if remembers else x0
-            x = ((1 - ab_s)/(1 - ab_t)).sqrt()*x - ab_s.sqrt()*torch.expm1(-h)*guess
-            previous, h_before = x0, h
+            final = i == len(timesteps) - 1 and not last
+            x = guess if final else ((1 - ab_s)/(1 - ab_t)).sqrt()*x - sign*ab_s.sqrt()*torch.expm1(-h)*guess
+            previous, h_before = guess if keep else x0, h
         return x
     return sample
 
-# %% ../../nbs/workshop/02_solvers.ipynb #88951398
+# %% ../../nbs/workshop/02_solvers.ipynb #96452dd4
 SAMPLE = Exercise(
     9, 'a step with a memory', 'The second-order multistep sampler DPM-Solver++ (2M).', dpm_solver_pp_2m, {
     'You left out the extrapolation, which makes this DDIM.': lambda network, x, timesteps, alpha_bar: ddim_sample(
@@ -105,12 +111,16 @@ SAMPLE = Exercise(
     'You assumed equal steps; the factor is h/(2h′), and in λ the steps are unequal.': _multistep(lambda h, b: .5),
     'You used the memory in the last step as well; the step to the clean end takes x̂₀ as it is.':
         _multistep(lambda h, b: torch.where(h > 12, 1., h)/(2*b), last=True),
+    'The term with x̂ has the wrong sign: its factor is 1 − e^{−h}, and torch.expm1(-h) is minus that.':
+        _multistep(lambda h, b: h/(2*b), sign=-1),
+    'You kept the extrapolated estimate as memory; remember x̂₀ as the network gave it.':
+        _multistep(lambda h, b: h/(2*b), keep=True),
     'You measured the steps in log(α²/σ²); λ is log(α/σ), half of it.':
         _multistep(lambda h, b: h/(2*b), half=1.)},
     'Fill in h first, as half the difference of log_snr. Then x̂, then x; torch.expm1(-h) is e^{−h} − 1.',
     _sample_cases, name='sample')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #77e9fb38
+# %% ../../nbs/workshop/02_solvers.ipynb #b83fd776
 @cache
 def measured_factors() -> dict:
     "How much closer 128 steps come than 64, for Gaussian data between two levels of noise, by measurement."

@@ -6,7 +6,7 @@
 __all__ = ['VISITED', 'DISTANCE', 'FOLLOW', 'LCD_STEP', 'STEPS', 'ROWS', 'BOUND', 'RECIPE', 'ONE_STEP', 'package_step',
            'small_world', 'train_student', 'far_off', 'one_step_seconds']
 
-# %% ../../nbs/workshop/04_toy.ipynb #d2835dbe
+# %% ../../nbs/workshop/04_toy.ipynb #1686868e
 import copy
 from functools import cache
 import torch
@@ -20,7 +20,7 @@ from ..solvers import ddim_step
 from ..toy import Recipe, ToyNet, distil_toy, exact_map, jump, ring
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/04_toy.ipynb #30f4bd7e
+# %% ../../nbs/workshop/04_toy.ipynb #8a14b617
 def _grid_cases(g): return [Case("the report's k = 20 of 1000 steps", (20, 1000)), Case('no skipping, k = 1', (1, 10)),
                             Case('one step across all', (8, 8)), Case('k = 25 of 100 steps', (25, 100))]
 
@@ -34,7 +34,7 @@ VISITED = Exercise(
     'You skipped k steps between two times; the next one is k further.': lambda k, T: torch.arange(k - 1, T, k + 1)},
     'For k = 20 and T = 1000 the times are 19, 39, …, 999.', _grid_cases, name='visited')
 
-# %% ../../nbs/workshop/04_toy.ipynb #096e46f3
+# %% ../../nbs/workshop/04_toy.ipynb #bdebd870
 def _distance_cases(g):
     a = torch.randn(3, 4, generator=g)
     return [Case('numbers far apart', (a, a.flip(0), 1e-3)), Case('numbers closer than c', (a, a + .01*a.flip(1), .5)),
@@ -52,7 +52,7 @@ DISTANCE = Exercise(
         lambda a, b, c: ((a - b).square().mean() + c**2).sqrt() - c},
     'Inside the root stand two squares; c is subtracted outside of it.', _distance_cases, name='distance', atol=1e-6)
 
-# %% ../../nbs/workshop/04_toy.ipynb #eeb7a06c
+# %% ../../nbs/workshop/04_toy.ipynb #4ca6d18e
 def _two_networks(g):
     made = [nn.Linear(3, 2) for _ in range(2)]
     for p in (p for network in made for p in network.parameters()): p.data = torch.randn(p.shape, generator=g)
@@ -84,12 +84,18 @@ def _follow_cases(g):
         made.append(Case(f'a layer with bias, μ = {mu}', (target, student, mu), _after(wanted, _flat(student))))
     return made
 
-# %% ../../nbs/workshop/04_toy.ipynb #5665d36d
+# %% ../../nbs/workshop/04_toy.ipynb #683a1603
 def _drag(target, student, mu):
     for slow, fast in zip(target.parameters(), student.parameters()): fast.data.lerp_(slow.data, mu)
 
 def _keep_graph(target, student, mu):
     for slow, fast in zip(target.parameters(), student.parameters()): slow.mul_(mu).add_((1 - mu)*fast)
+
+_DRAGGED = 'You moved the student towards the target; it is the target that follows.'
+
+def _who_moved(answer, found, expected):
+    "A sentence for whoever moved the wrong network, whatever the formula."
+    if not torch.equal(found["the student's weights"], expected["the student's weights"]): return _DRAGGED
 
 FOLLOW = Exercise(
     19, 'the slow target', 'Move each weight of the target a small part of the way to the student.', EMA.update, {
@@ -97,21 +103,23 @@ FOLLOW = Exercise(
     'You exchanged the weights: the past keeps μ, and 1 − μ of the student is added.':
         _follow_with(lambda slow, fast, mu: (1 - mu)*slow + mu*fast),
     'You copied the student; the target moves only 1 − μ of the way.': _follow_with(lambda slow, fast, mu: fast),
-    'You moved the student towards the target; it is the target that follows.': _drag,
+    _DRAGGED: _drag,
     'You added without shrinking the past, so the weights grow with every update.':
         _follow_with(lambda slow, fast, mu: slow + (1 - mu)*fast),
     "Autograd records your update, and the target would carry the student's graph along; use `.data` or torch.no_grad.":
         _keep_graph},
     'Go through zip(target.parameters(), student.parameters()); `a.data.lerp_(b.data, w)` moves a by w towards b.',
-    _follow_cases, name='follow', judge=_test_follow)
+    _follow_cases, name='follow', judge=_test_follow, explain=_who_moved)
 
-# %% ../../nbs/workshop/04_toy.ipynb #02843a02
+# %% ../../nbs/workshop/04_toy.ipynb #0bd0405a
 class _Tiny(nn.Module):
     "A prediction of the noise with three weights."
     def __init__(self, *weights):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(weights))
-    def forward(self, x, t): return torch.tanh(self.weight[0]*x + self.weight[1]*t.reshape(-1, 1)/1000 + self.weight[2])
+    def forward(self, x, t):
+        wave = torch.cos(t.reshape(-1, 1)/9)                                          # another answer at each time
+        return torch.tanh(self.weight[0]*x + self.weight[1]*wave + self.weight[2])
 
 def package_step(student, target, teacher, z, noise, n, alpha_bar, k=20):
     "The loss as the package's `lcd_step` computes it, without captions and guidance."
@@ -128,43 +136,53 @@ def _test_step(answer, student, target, *rest):
     gradients = [torch.zeros(3) if m.weight.grad is None else m.weight.grad for m in (student, target)]
     return dict(zip(('loss', "the student's gradient", "the target's gradient"), (loss.detach(), *gradients)))
 
-# %% ../../nbs/workshop/04_toy.ipynb #df7c7c15
+# %% ../../nbs/workshop/04_toy.ipynb #4aad218b
 def _step_cases(g):
     table, cases = alpha_bar_from_betas(linear_betas()), []
     for words, n in (('four pairs in the middle', [10, 20, 30, 40]), ('pairs that reach t = 0', [0, 1, 0, 49])):
-        networks = [_Tiny(*weights) for weights in ((.8, .3, .1), (.7, -.2, .2), (.5, .1, -.3))]
+        networks = [_Tiny(*weights) for weights in ((.8, .3, .1), (.7, -.2, .2), (.5, .4, -.3))]
         args = (*networks, *torch.randn(2, 4, 2, generator=g), torch.tensor(n), table, 20)
         cases.append(Case(words, args, _test_step(package_step, *copy.deepcopy(args))))
     return cases
 
-def _lcd(walk='teacher', goal='target', clamp=True, detach=True, later=True):
+def _lcd(walk='teacher', goal='target', clamp=True, detach=True, later=True, asked='before', ends=True, grid=True):
     "A step of Algorithm 1 with one part done otherwise, as a wrong answer."
     def loss_of_step(student, target, teacher, z, noise, n, alpha_bar, k=20):
-        t = skip_grid(k, len(alpha_bar))[n]
+        t = skip_grid(k, len(alpha_bar))[n] if grid else n*k
         t_n = (t - k).clamp_min(0) if clamp else (t - k) % len(alpha_bar)
-        x = add_noise(z, noise, at(alpha_bar, t, z))
-        stepped = ddim_step(x, teacher(x, t), at(alpha_bar, t, z), at(alpha_bar, t_n, z))
-        x_n = {'teacher': stepped, 'noise': add_noise(z, noise, at(alpha_bar, t_n, z)), 'none': x}[walk]
-        judge, s = {'target': target, 'student': student}[goal], t_n if later else t
-        with torch.set_grad_enabled(not detach): wanted = consistency_function(x_n, judge(x_n, s), s, alpha_bar)
-        return pseudo_huber(consistency_function(x, student(x, t), t, alpha_bar), wanted)
+        x, ab_n = add_noise(z, noise, at(alpha_bar, t, z)), at(alpha_bar, t_n, z)
+        walker = {'student': student}.get(walk, teacher)
+        stepped = ddim_step(x, walker(x, t_n if asked == 'behind' else t).detach(), at(alpha_bar, t, z), ab_n)
+        x_n = {'noise': add_noise(z, noise, ab_n), 'none': x}.get(walk, stepped)
+        judge, s = {'student': student}.get(goal, target), t_n if later else t
+        said, wanted = student(x, t), judge(x_n, s)
+        if ends: said, wanted = (consistency_function(*p, alpha_bar) for p in ((x, said, t), (x_n, wanted, s)))
+        wanted = z if goal == 'data' else wanted
+        return pseudo_huber(said, wanted.detach() if detach else wanted)
     return loss_of_step
 
-# %% ../../nbs/workshop/04_toy.ipynb #68069540
+# %% ../../nbs/workshop/04_toy.ipynb #cc685eef
 LCD_STEP = Exercise(
     20, 'one step of Algorithm 1', 'The loss of one step of latent consistency distillation.', package_step, {
     'Gradients flow into the target; its answer is the goal, so compute it under torch.no_grad().': _lcd(detach=False),
     'The goal came from the student itself; it is the slow target that is asked behind the step.': _lcd(goal='student'),
+    'The student is its own goal and moves it with every update; ask the target, under torch.no_grad().':
+        _lcd(goal='student', detach=False),
+    'You took the data z for the goal; the goal is what the target says behind the step.': _lcd(goal='data'),
     'The target was asked for the time before the step; behind it the time is t_n.': _lcd(later=False),
+    'The teacher was asked for the time behind the step; it stands at t_{n+k} when it is asked.': _lcd(asked='behind'),
+    "The student walked in the teacher's place; the step is the teacher's.": _lcd(walk='student'),
     'You noised the data anew to t_n, which needs no teacher and trains something else; let the teacher walk.':
         _lcd(walk='noise'),
     'Nobody walked: the target was shown the same point as the student.': _lcd(walk='none'),
+    'You compared predictions of the noise; compare the ends that consistency_function makes of them.': _lcd(ends=False),
+    'You took n k for the time; the grid of exercise 17 ends at 999 and has k − 1 as its first time.': _lcd(grid=False),
     'From the first point of the grid your t_n is negative, and Python reads the table from its end; stop at 0.':
         _lcd(clamp=False)},
     'Four lines: noise to t_{n+k}, walk with the teacher, ask the target under torch.no_grad(), ask the student.',
     _step_cases, name='loss_of_step', judge=_test_step, rtol=1e-3)
 
-# %% ../../nbs/workshop/04_toy.ipynb #b25d6cdc
+# %% ../../nbs/workshop/04_toy.ipynb #aa9b2c05
 STEPS, ROWS, BOUND = 200, 128, .33
 
 @cache
@@ -187,7 +205,7 @@ def train_student(
     times = torch.full((len(noise),), 999)
     return jump(student, noise, times, torch.zeros_like(times), table)
 
-# %% ../../nbs/workshop/04_toy.ipynb #7ac6be30
+# %% ../../nbs/workshop/04_toy.ipynb #3c25dd89
 def far_off(
     answers: Tensor, # (256, 2), as of `train_student`
 ) -> float:
@@ -205,16 +223,17 @@ _BUDGET = 'The budget is 200 steps of 128 points; choose k, mu and lr.'
 _RELAY = 'The relay has too many legs for 200 updates: a larger k makes it shorter.'
 _COARSE = 'The hops are so long that the teacher itself misses: take a smaller k.'
 _SLOW = 'The target follows so slowly that good answers are hardly handed on: lower mu.'
+_WILD = 'The answers are no better than at the start, and the learning rate is high: lower lr.'
 _TIMID = 'With so small a learning rate 200 updates hardly move the weights: raise lr.'
 
 def _why_far(recipe, found, expected):
     "The setting that is most likely to blame."
     blames = [(found == 'no Recipe', _NONE), (found == 'another budget', _BUDGET)]
-    if not any(ok for ok, _ in blames): blames = [(recipe.lr < 5e-4, _TIMID), (recipe.mu > .97, _SLOW),
+    if not any(ok for ok, _ in blames): blames = [(recipe.lr < 5e-4, _TIMID), (recipe.lr > .04, _WILD), (recipe.mu > .97, _SLOW),
                                                   (recipe.k > 400, _COARSE), (recipe.k < 100, _RELAY)]
     return next((words for ok, words in blames if ok), 'You are on the way: raise lr or lower mu a little.')
 
-# %% ../../nbs/workshop/04_toy.ipynb #8b5c217d
+# %% ../../nbs/workshop/04_toy.ipynb #b643698a
 _BEST = {'omega': 0., 'steps': STEPS, 'batch_size': ROWS, 'k': 100, 'mu': .8, 'lr': .02}
 
 RECIPE = Exercise(
@@ -225,7 +244,7 @@ RECIPE = Exercise(
     lambda g: [Case('200 updates', (), 'a mean distance below 0.33')], name='recipe', judge=_test_recipe,
     agree=lambda found, expected: isinstance(found, dict) and found['mean distance'] < BOUND, explain=_why_far)
 
-# %% ../../nbs/workshop/04_toy.ipynb #58a65529
+# %% ../../nbs/workshop/04_toy.ipynb #5c663bd2
 def one_step_seconds(alpha: float = 2.2, delta: float = .5) -> float:
     "Seconds of PixArt-δ with one step, from 28 and 4 evaluations and a shared overhead (report, Table 2, A100)."
     evaluation = (alpha - delta)/(28 - 4)
