@@ -15,7 +15,9 @@ from .pictures import IMAGE_SUFFIXES, Item, reason, text_or_reason
 
 # %% ../nbs/05ba_archives.ipynb #3f5cc91c
 def _stem(name): return os.path.splitext(name)[0]
+
 def _suffix(name): return os.path.splitext(name)[1].lower()
+
 def _key(name): return os.path.join(os.path.dirname(name), os.path.basename(name).split('.')[0])
 
 def _json_caption(text):
@@ -34,6 +36,7 @@ def _tar_caption(fields):
         if text and not why: return text, ''
     return None, why
 
+# %% ../nbs/05ba_archives.ipynb #32f9958c
 def _samples(where, key, fields):
     "The items of one run of members."
     pictures = [n for n in fields if _suffix(n) in IMAGE_SUFFIXES]
@@ -93,6 +96,7 @@ def row_item(
     if image not in row: return Item(name, why=f'no column {image} among {", ".join(map(str, row))}'[:200])
     return Item(name, row[image], row.get(text) or row.get('caption'))
 
+# %% ../nbs/05ba_archives.ipynb #bc042b4d
 def _parquet_rows(path):
     "Rows of a Parquet file; a reason, as str, for each part that cannot be read."
     require(find_spec('pyarrow') is not None,

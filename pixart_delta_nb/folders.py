@@ -45,6 +45,7 @@ def _listed(folder, variant):
             lambda: f'{found[0]} lists no files, or files outside its folder: copy the checkpoint again.')
     return names
 
+# %% ../nbs/05_folders.ipynb #8639cb5b
 def weight_files(
     folder: str | Path, # of one network
 ) -> list: # paths of the safetensors files that make it up
@@ -127,6 +128,7 @@ class DiffusersFolder:
         write_json(folder/'config.json', self.write_config(self.config), indent=2)
         (folder/INDEX).unlink(missing_ok=True)       # an older, sharded save must not win over this one
 
+# %% ../nbs/05_folders.ipynb #d6f90469
 def write_json(path, values, indent=1):
     "Write a JSON file, atomically."
     text = json.dumps(values, indent=indent) + '\n'
@@ -212,6 +214,7 @@ def write_folder(
     finally: shutil.rmtree(beside, ignore_errors=True)
     return target
 
+# %% ../nbs/05_folders.ipynb #5463183d
 def link_files(
     source: str | Path, # folder
     target: str | Path, # existing folder
@@ -282,6 +285,7 @@ def fingerprint(
     "What tells one network from another: the signs of the first numbers of each weight."
     return _digest((p.numel(), gathered(p.detach()).flatten()[:most]) for p in network.parameters())
 
+# %% ../nbs/05_folders.ipynb #030e7d04
 def fingerprint_of(
     folder: str | Path, # of the same network's files
     most: int = 1024, # as for `fingerprint`

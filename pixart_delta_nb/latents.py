@@ -38,6 +38,7 @@ class Batch(NamedTuple):
 # %% ../nbs/05c_latents.ipynb #54946310
 FACTS = ('scaling_factor', 'vae', 'text_encoder')
 
+# %% ../nbs/05c_latents.ipynb #a9912171
 @dataclass
 class LatentDataset:
     "D_z of Algorithm 1: all N rows of a `Batch`, the `facts` of their making, and its `report`."

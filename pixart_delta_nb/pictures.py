@@ -116,6 +116,7 @@ def _load(data, near):
     except Exception: quarter = False
     return image, (width, height) if quarter else (height, width)
 
+# %% ../nbs/05b_pictures.ipynb #2d4bec8e
 def _loaded(data, near=None):
     "`_load`, without the text chunks of a PNG that has too many."
     try: return _load(data, near)
@@ -233,6 +234,7 @@ def text_or_reason(raw: bytes) -> tuple:
     try: return decode_text(raw), ''
     except ValueError as error: return '', str(error)
 
+# %% ../nbs/05b_pictures.ipynb #6155a4a6
 def usable(
     item: Item, # of a source
 ) -> Item: # its caption stripped, or with a reason unless it has picture and caption

@@ -79,6 +79,7 @@ def _warn_cut(tokenizer, captions, ids, max_length):
     warnings.warn(f'The caption "{one_line(text, 40)}" has {len(row)} tokens, but {max_length} are read; '
                   f'this was cut: "{lost}".{more}', stacklevel=4)
 
+# %% ../nbs/05a_text.ipynb #08298eca
 def token_ids(
     tokenizer, # T5Tokenizer
     captions: list, # texts
@@ -143,6 +144,7 @@ def fields(
         yield number, data[at:at + size]
         at += size
 
+# %% ../nbs/05a_text.ipynb #45aaeb38
 def read_sentencepiece(
     path: str | Path, # a spiece.model
 ) -> tuple: # list of (word, log-probability); the normaliser's table, bytes
