@@ -8,7 +8,7 @@ __all__ = ['traced_shapes', 'transformer_diagram', 'block_diagram', 'distillatio
 # %% ../nbs/00d_diagrams.ipynb #0520bfff
 from itertools import accumulate
 import torch
-from .canvas import KINDS, Canvas, shape_label
+from .canvas import BLUE, KINDS, Canvas, shape_label
 from .plots import PALETTE
 from .core import require
 
@@ -133,7 +133,8 @@ def _network(canvas, x, y, name, network, kind, evaluations):
     kind = 'trained' if any(p.requires_grad for p in network.parameters()) else kind
     count = sum(p.numel() for p in network.parameters())
     size = f'{count/1e6:.1f} M' if count >= 1e6 else f'{count:,}'
-    return canvas.box(x, y, name, kind, 1.5, .5, f'{size}, evaluated {evaluations}')
+    runs = f'{evaluations} evaluation' + 's'*(evaluations > 1)
+    return canvas.box(x, y, name, kind, 1.8, .5, f'{size} weights, {runs}')
 
 def _teacher_path(canvas, noisy, teacher, step, lower):
     "From the noisy latents through the teacher and its solver down to the other point of the trajectory."
@@ -141,9 +142,9 @@ def _teacher_path(canvas, noisy, teacher, step, lower):
     canvas.arrow(teacher.bottom, step.top)
     canvas.note(teacher.x - .08, (teacher.y + step.y)/2 - .03, r'guided noise $\tilde\varepsilon$', align='right')
     canvas.arrow(step.bottom, lower.top)
-    canvas.arrow((noisy.right[0] + .38, noisy.y), (noisy.right[0] + .38, step.y), step.right)
+    canvas.arrow((noisy.right[0] + .53, noisy.y), (noisy.right[0] + .53, step.y), step.right)
     for y, text in ((teacher.y + .2, 'caption $c$'), (teacher.y - .2, r'nothing $\varnothing$')):
-        canvas.arrow(canvas.box(.8, y, text, 'caption', 1.1, .3).right, (teacher.left[0], y))
+        canvas.arrow(canvas.box(.65, y, text, 'caption', 1.1, .3).right, (teacher.left[0], y))
 
 def distillation_diagram(
     student, # network that learns
@@ -155,28 +156,28 @@ def distillation_diagram(
 ) -> Canvas:
     "One step of Algorithm 1: what flows between the three networks (report, Fig. 1)."
     canvas = Canvas(7.4, 4.6, 'one step of latent consistency distillation')
-    z = canvas.box(.8, 4.15, 'latents $z$', 'data', 1.1)
-    noisy = canvas.box(2.65, 4.15, r'$z_{t_{n+k}}$', 'data', 1.1)
-    lower = canvas.box(2.65, .85, r'$\hat z_{t_n}$', 'data', 1.1)
-    learner = _network(canvas, 4.65, 4.15, r'student $f_\theta$', student, 'frozen', 'once')
-    follower = _network(canvas, 4.65, .85, r'target $f_{\theta^-}$', target, 'average', 'once')
-    guide = _network(canvas, 2.65, 3.05, 'teacher', teacher, 'frozen', 'twice')
-    step = canvas.box(2.65, 1.95, 'one solver step', 'step', 1.5, .42, f'DDIM, {k} steps of time')
-    ends = [canvas.box(6.6, y, text, 'data', 1.1) for y, text in ((4.15, 'clean latents'), (.85, 'clean latents'))]
-    loss = canvas.box(6.6, 2.5, 'distance $d$', 'step', 1.1, .42)
+    z = canvas.box(.65, 4.15, 'latents $z$', 'data', 1.1)
+    noisy = canvas.box(2.6, 4.15, r'$z_{t_{n+k}}$', 'data', 1.1)
+    lower = canvas.box(2.6, .85, r'$\hat z_{t_n}$', 'data', 1.1)
+    learner = _network(canvas, 4.8, 4.15, r'student $f_\theta$', student, 'frozen', 1)
+    follower = _network(canvas, 4.8, .85, r'target $f_{\theta^-}$', target, 'average', 1)
+    guide = _network(canvas, 2.6, 3.05, 'teacher', teacher, 'frozen', 2)
+    step = canvas.box(2.6, 1.95, 'one solver step', 'step', 1.8, .42, f'DDIM, {k} steps of time')
+    ends = [canvas.box(6.75, y, text, 'data', 1.1) for y, text in ((4.15, 'clean latents'), (.85, 'clean latents'))]
+    loss = canvas.box(6.75, 2.5, 'distance $d$', 'step', 1.1, .42)
     canvas.arrow(z.right, noisy.left)
-    canvas.note(1.73, 4.3, 'noise')
+    canvas.note(1.62, 4.3, 'noise')
     for a, b, c in ((noisy, learner, ends[0]), (lower, follower, ends[1])):
         canvas.arrow(a.right, b.left)
         canvas.arrow(b.right, c.left)
     canvas.arrow(ends[0].bottom, loss.top)
     canvas.arrow(ends[1].top, loss.bottom)
     _teacher_path(canvas, noisy, guide, step, lower)
-    canvas.arrow(loss.left, (5.0, loss.y), (5.0, learner.bottom[1]), colour=PALETTE[1], width=1.6)
-    canvas.note(5.08, 3.3, 'gradient', align='left')
-    canvas.arrow((4.3, learner.bottom[1]), (4.3, follower.top[1]), colour='#2F86BD', dashed=True, width=1.6)
-    canvas.note(4.38, 1.95, f'average, μ = {mu:g}', align='left')
-    canvas.note(.8, 2.4, f'ω = {omega:g}')
+    canvas.arrow(loss.left, (5.15, loss.y), (5.15, learner.bottom[1]), colour=PALETTE[1], width=1.6)
+    canvas.note(5.23, 3.3, 'gradient', align='left')
+    canvas.arrow((4.45, learner.bottom[1]), (4.45, follower.top[1]), colour=BLUE, dashed=True, width=1.6)
+    canvas.note(4.53, 1.95, f'average, μ = {mu:g}', align='left')
+    canvas.note(.65, 2.4, f'ω = {omega:g}')
     canvas.key(.25, {'trained': 'trained', 'average': 'follows the student', 'frozen': 'frozen'})
     return canvas
 

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'times_diagram', 'memory_diagram']
 
 # %% ../nbs/00e_timelines.ipynb #9da4672f
 import torch
-from .canvas import GREY, KINDS, Canvas, tint
+from .canvas import BLUE, GREY, KINDS, Canvas, tint
 from .core import require
 from .plots import PALETTE
 
@@ -27,7 +27,7 @@ def _jumps(canvas, place, timesteps, alpha_bar, top, pitch=.5):
     ys = [top - pitch*i for i in range(len(timesteps))]
     for i, (t, y) in enumerate(zip(timesteps, ys)):
         start = canvas.box(place(t), y, str(t), 'trained', .42, .24, size=8)
-        canvas.arrow(start.right, (place(0), y), width=1.4, colour=PALETTE[0])
+        canvas.arrow(start.right, (place(0), y), width=1.4, colour=BLUE)
         canvas.note(.1, y, f'evaluation {i + 1}', align='left')
         canvas.note(place(0) + .12, y, f'{float(alpha_bar[t])**.5:.3f}', align='left')
         if i: canvas.arrow((place(0), ys[i - 1]), (place(t), y + .12), dashed=True)
