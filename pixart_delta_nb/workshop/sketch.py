@@ -6,14 +6,14 @@
 __all__ = ['SIDE', 'INK', 'RUBBER', 'SKELETON', 'STYLE', 'PAINT', 'LISTEN', 'SCRIPT', 'WIDGET', 'EXAMPLE', 'ink', 'ring',
            'pad_class', 'sketch_pad', 'found_again', 'draw_sketch', 'live_sketch']
 
-# %% ../../nbs/workshop/sketch.ipynb #c4d37f71
+# %% ../../nbs/workshop/sketch.ipynb #3fe1b680
 import functools, io
 from collections.abc import Sequence
 from ..core import require
 from .live import CAPTIONS, choice, live, slider
 from .studio import Studio, as_url, condition_of, picture, png_of
 
-# %% ../../nbs/workshop/sketch.ipynb #d0a37b1f
+# %% ../../nbs/workshop/sketch.ipynb #1e2543ba
 SIDE, INK, RUBBER = 128, 2.5, 14                                   # pixels: the sheet, the pen, the rubber
 
 def ink(
@@ -33,7 +33,7 @@ def ink(
     sheet.resize((SIDE, SIDE), Image.Resampling.BOX).save(file, 'png')
     return as_url(file.getvalue())
 
-# %% ../../nbs/workshop/sketch.ipynb #e6969d74
+# %% ../../nbs/workshop/sketch.ipynb #97230c37
 def ring(
     x: float, y: float, # centre, pixels
     radius: float, # pixels
@@ -44,7 +44,7 @@ def ring(
     turns = [2*math.pi*i/corners for i in range(corners + 1)]
     return [(x + radius*math.cos(a), y + radius*math.sin(a)) for a in turns]
 
-# %% ../../nbs/workshop/sketch.ipynb #6380fe15
+# %% ../../nbs/workshop/sketch.ipynb #1f6e9b66
 SKELETON = '''<div class="sketch">
 <div class="sketch-plate"><canvas id="sketch-canvas" class="sketch-canvas" width="128" height="128" tabindex="0"
  role="application" aria-label="Sketch pad" aria-describedby="sketch-help"></canvas>
@@ -57,7 +57,7 @@ SKELETON = '''<div class="sketch">
  pixel), Space puts it down and lifts it, Backspace takes the last line back, Delete clears.</p>
 <p id="sketch-status" class="sketch-status" role="status"></p></div>'''
 
-# %% ../../nbs/workshop/sketch.ipynb #3979db10
+# %% ../../nbs/workshop/sketch.ipynb #9ffb95b4
 STYLE = '''.sketch { max-width: 20rem; }
 .sketch-plate { position: relative; width: 100%; aspect-ratio: 1; }
 .sketch-canvas { width: 100%; height: 100%; background: black; touch-action: none; cursor: crosshair;
@@ -73,7 +73,7 @@ STYLE = '''.sketch { max-width: 20rem; }
 .sketch-tools button[aria-pressed=true] { color: #eee; background: #222; }
 .sketch-help, .sketch-status { margin: .3rem 0; font-size: .85rem; line-height: 1.35; }'''
 
-# %% ../../nbs/workshop/sketch.ipynb #a8bc26c4
+# %% ../../nbs/workshop/sketch.ipynb #b96b7c03
 PAINT = '''const SIDE = 128, INK = 2.5, RUBBER = 14;
 function strokeOn(brush, {points, rubber}) {
   brush.strokeStyle = rubber ? 'black' : 'white';
@@ -85,7 +85,7 @@ function strokeOn(brush, {points, rubber}) {
   brush.stroke();
 }'''
 
-# %% ../../nbs/workshop/sketch.ipynb #960cf524
+# %% ../../nbs/workshop/sketch.ipynb #3e27fad2
 PAINT += '''
 function makeSheet(canvas, tell, changed) {
   const brush = canvas.getContext('2d'), sheet = {strokes: [], below: null};
@@ -108,7 +108,7 @@ function makeSheet(canvas, tell, changed) {
 }
 '''
 
-# %% ../../nbs/workshop/sketch.ipynb #8ea44147
+# %% ../../nbs/workshop/sketch.ipynb #78720fa7
 LISTEN = '''function sketchPad(root, start, changed) {
   const find = name => root.querySelector('.sketch-' + name), canvas = find('canvas'), nib = find('nib');
   const tell = text => { find('status').textContent = text; };
@@ -129,7 +129,7 @@ LISTEN = '''function sketchPad(root, start, changed) {
   for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, finish);
 '''
 
-# %% ../../nbs/workshop/sketch.ipynb #7c9f5f2e
+# %% ../../nbs/workshop/sketch.ipynb #ae79b88c
 LISTEN += '''  const undo = () => { open = null; sheet.strokes.pop(); sheet.finish('The last line is gone.'); };
   const clear = () => { open = null; sheet.below = null; sheet.strokes = []; sheet.finish('The sheet is empty.'); };
   const moves = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
@@ -145,7 +145,7 @@ LISTEN += '''  const undo = () => { open = null; sheet.strokes.pop(); sheet.fini
   };
 '''
 
-# %% ../../nbs/workshop/sketch.ipynb #a0f20d52
+# %% ../../nbs/workshop/sketch.ipynb #8917d335
 LISTEN += '''  canvas.addEventListener('keydown', event => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (moves[event.key]) step(moves[event.key], event.shiftKey ? 1 : 4);
@@ -171,7 +171,7 @@ LISTEN += '''  canvas.addEventListener('keydown', event => {
 '''
 SCRIPT = PAINT + LISTEN
 
-# %% ../../nbs/workshop/sketch.ipynb #247eae79
+# %% ../../nbs/workshop/sketch.ipynb #7cc25ce5
 WIDGET = SCRIPT + '''function render({model, el}) {
   el.innerHTML = SKELETON;
   el.dataset.lmSuppressShortcuts = 'true';
@@ -186,7 +186,7 @@ WIDGET = SCRIPT + '''function render({model, el}) {
 export default {render};
 '''
 
-# %% ../../nbs/workshop/sketch.ipynb #a832ac29
+# %% ../../nbs/workshop/sketch.ipynb #580b53d9
 @functools.cache
 def pad_class():
     "The widget's class; `ValueError` where anywidget is missing."
@@ -201,14 +201,14 @@ def pad_class():
         value = traitlets.Unicode('').tag(sync=True)
     return SketchPad
 
-# %% ../../nbs/workshop/sketch.ipynb #ab754e0d
+# %% ../../nbs/workshop/sketch.ipynb #f21944dc
 def sketch_pad(
     drawing: str = '' # data URL to begin with
 ): # a widget; its `value` is the drawing
     "A sketch pad for a notebook (report §4: the condition is yours to draw)."
     return pad_class()(value=drawing)
 
-# %% ../../nbs/workshop/sketch.ipynb #4dd937ff
+# %% ../../nbs/workshop/sketch.ipynb #71cee9ec
 #: A horizon, a circle and a box.
 EXAMPLE = ink([(0, 45), (127, 45)], ring(42, 72, 23), [(78, 96), (78, 56), (112, 56), (112, 96), (78, 96)])
 
@@ -223,7 +223,7 @@ def found_again(
     near = max_pool2d(edges, 5, 1, 2) > 0
     return (near & drawn).sum().item()/max(1, drawn.sum().item())
 
-# %% ../../nbs/workshop/sketch.ipynb #78b7cc21
+# %% ../../nbs/workshop/sketch.ipynb #64b22e40
 @functools.lru_cache(32)
 def _undrawn(studio, caption, steps, seed): return picture(studio, caption, steps, seed)
 
@@ -245,7 +245,7 @@ def draw_sketch(
         axis.axis('off')
     return _told_sketch(drawing, caption, seed, steered, plain)
 
-# %% ../../nbs/workshop/sketch.ipynb #7995026b
+# %% ../../nbs/workshop/sketch.ipynb #89521c09
 def _told_sketch(drawing, caption, seed, steered, plain):
     "How much of the drawing is in the picture, and how much would be by chance."
     start = f'“{caption}”, seed {seed}'
@@ -253,13 +253,17 @@ def _told_sketch(drawing, caption, seed, steered, plain):
     on, off = (found_again(drawing, x) for x in (steered, plain))
     return f'{start}: {on:.0%} of the drawn lines lie on edges of the picture with the drawing, {off:.0%} without it.'
 
-# %% ../../nbs/workshop/sketch.ipynb #576b33e3
+# %% ../../nbs/workshop/sketch.ipynb #0e1501ae
 def live_sketch(
     studio: Studio, # of `open_studio`
     drawing: str = EXAMPLE # to begin with
 ): # VBox: pad, choices, pictures
     "The sketch pad with its caption, steps, seed and strength, and the pictures that follow them."
     draw = functools.partial(draw_sketch, studio)
-    return live(draw, (6, 3.1), drawing=sketch_pad(drawing), caption=choice('caption', CAPTIONS),
-                steps=slider('steps', 1, 8, 4), seed=slider('seed', 0, 99, 0),
-                strength=slider('strength of the drawing', 0, 2, 1, .1))
+    box = live(draw, (6, 3.1), drawing=sketch_pad(drawing), caption=choice('caption', CAPTIONS),
+               steps=slider('steps', 1, 8, 4), seed=slider('seed', 0, 99, 0),
+               strength=slider('strength of the drawing', 0, 2, 1, .1))
+    box.layout = {'display': 'grid', 'grid_template_columns': 'repeat(auto-fit, minmax(18rem, 1fr))',
+                  'max_width': '56rem'}
+    box.children[0].layout = {'grid_row': '1 / span 6'}                 # the pad, left of all else where there is room
+    return box
