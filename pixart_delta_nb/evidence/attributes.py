@@ -87,6 +87,14 @@ def _against(table, column):
     return (f"{other['all']:.3f} {named}, which the intervals {'tell' if apart else 'do not tell'} from it "
             f"(weakest there is {worst} with {other[worst]:.3f}, whole pictures right {other['whole picture']:.3f})")
 
+def _cost(tables):
+    "The second method against the first, on seen pairs; '' for a single method."
+    if len(tables) < 2: return ''
+    (first, a), (second, b) = ((name, table['seen']) for name, table in [*tables.items()][:2])
+    apart = b['interval'][1] < a['interval'][0] or a['interval'][1] < b['interval'][0]
+    return (f" From {first} to {second} the share on seen pairs changes by {b['all'] - a['all']:+.3f}, "
+            f"and the intervals {'are apart' if apart else 'overlap'}.")
+
 def tell_attributes(found: dict) -> str: # of `run_attributes`
     "For each method: seen pairs beside unseen ones and new words, whether intervals tell them apart, the weakest row."
     text = []
@@ -94,7 +102,7 @@ def tell_attributes(found: dict) -> str: # of `run_attributes`
         others = '; '.join(_against(table, column) for column in table if column != 'seen')
         text.append(f"{name}: {table['seen']['all']:.3f} of the attributes of seen pairs are right "
                     f"(whole pictures {table['seen']['whole picture']:.3f}); {others}.")
-    return ' '.join(text)
+    return ' '.join(text) + _cost(found['tables'])
 
 FIGURE = Figured('Attributes by category: seen and unseen pairs, new words', run_attributes, draw_attributes,
                  tell_attributes, 144*(28 + 4))

@@ -202,8 +202,9 @@ def draw_calibration(found: dict): # of `run_calibration`
     return fig
 
 def _says(found, method):
-    "The three scores of a method."
-    text = [with_bounds(scored(found, s, *method)) for s in PANELS]
+    "The three scores of a method; no share is above one, whatever Student's interval says."
+    values = [scored(found, s, *method) for s in PANELS]
+    text = [with_bounds(v | {'interval': v['interval'] and [min(b, 1.) for b in v['interval']]}) for v in values]
     return f'accuracy {text[0]}, agreement {text[1]}, total variation {text[2]}'
 
 # %% ../../nbs/evidence/calibration.ipynb #10e31060
@@ -216,6 +217,26 @@ def _shift(found, method):
     ends = max(gains), min(gains)
     return ' and '.join(f'{word} from {before:.2f} to {after:.2f}' for _, word, before, after in ends)
 
+def _ways(before, after):
+    "How a score changes, and whether its intervals over captions stand apart."
+    (low, high), (other_low, other_high) = (x['interval'] or [x['mean']]*2 for x in (before, after))
+    way = 'rises' if after['mean'] > before['mean'] else 'falls'
+    return f"{way} ({'intervals apart' if high < other_low or other_high < low else 'intervals overlapping'})"
+
+def _narrowed(found, teacher):
+    "What the teacher's strongest guidance does, against the weakest."
+    ways = [_ways(*(scored(found, score, *m) for m in (teacher[0], teacher[-1]))) for score in PANELS]
+    return (f' From ω = {teacher[0][2]:g} to {teacher[-1][2]:g} the accuracy of the said {ways[0]}, the agreement in '
+            f'the unsaid {ways[1]}, and its distance from the truth {ways[2]}.')
+
+def _beside(found, teacher, student):
+    "The student beside the teacher with the same guidance; '' where the teacher was not drawn with it."
+    same = [m for m in teacher if student and m[2] == student[0][2]]
+    if not same: return ''
+    a, b = (scored(found, 'variation', *m) for m in (same[0], student[0]))
+    return (f' With the same guidance the total variation is {a["mean"]:.2f} for the teacher and {b["mean"]:.2f} for '
+            f'the student: from one to the other it {_ways(a, b)}.')
+
 def tell_calibration(found: dict) -> str: # of `run_calibration`
     "What guidance does to the said and the unsaid, and what the student has of it."
     methods = methods_of(found)
@@ -226,7 +247,7 @@ def tell_calibration(found: dict) -> str: # of `run_calibration`
     text += [f'{m[0]} {m[1]} at ω = {m[2]:g}: {_says(found, m)}' for m in (teacher[0], teacher[-1], *student)]
     text += [f'from renders to {m[0]} {m[1]} at ω = {m[2]:g} the largest changes are {_shift(found, m)}'
              for m in (teacher[-1], *student[:1])]
-    return '; '.join(text) + '.'
+    return '; '.join(text) + '.' + _narrowed(found, teacher) + _beside(found, teacher, student)
 
 # %% ../../nbs/evidence/calibration.ipynb #b904a669
 FIGURE = Figured('What is said and what is not', run_calibration, draw_calibration, tell_calibration,

@@ -62,11 +62,23 @@ def draw_control(found: dict): # of `run_control`
             ax.errorbar(v, k, xerr=[[v - low], [high - v]], fmt=marker, color=colour, capsize=2)
         labels.append(f"{pair[0]['method']}, {'captions' if pair[0]['captions'] == 'full' else 'no words'}")
     ax.axvline(found['rows'][0][f'ceiling_{t}'], color='k', lw=1)
-    ax.set_yticks(range(len(labels)), labels); ax.invert_yaxis()
+    ax.set_yticks(range(len(labels)), labels); ax.set_ylim(len(labels) - .5, -.5)
     ax.set_xlabel(f'F-score of the edges, tolerance {t} pixel; line: decoded renders')
     return fig
 
 # %% ../../nbs/evidence/control.ipynb #58119e3e
+def _compared(rows, tolerance):
+    "Whether the student follows the edges as well as the teacher, by the intervals; '' where one was not asked."
+    score, band = f'fidelity_{tolerance}', f'interval_{tolerance}'
+    own = [r for r in rows if r['captions'] == 'full' and r['scale'] == 1]
+    ends = [next((r for r in own if r['method'].startswith(name)), None) for name in ('student', 'teacher')]
+    if None in ends: return ''
+    student, teacher = ends
+    apart = student[band][1] < teacher[band][0] or teacher[band][1] < student[band][0]
+    more = 'better' if student[score] > teacher[score] else 'worse'
+    return (f" With captions the student follows the edges {more} than the teacher, and the intervals are apart."
+            if apart else ' With captions the intervals of student and teacher overlap.')
+
 def tell_control(found: dict) -> str: # of `run_control`
     "F-scores with and without control, the closed gap, and what happens to accuracy and Fréchet distance."
     t, text = found['tolerances'], []
@@ -79,7 +91,7 @@ def tell_control(found: dict) -> str: # of `run_control`
         distances = [r.get('frechet_imagenet') for r in (off, on)]
         if None not in distances: said += ', Fréchet (ImageNet) {:.1f} to {:.1f}'.format(*distances)
         text.append(said)
-    return '; '.join(text) + '.'
+    return '; '.join(text) + '.' + _compared(found['rows'], t[0])
 
 FIGURE = Figured('What the shipped ControlNet does (Fig. 9–11)', run_control, draw_control, tell_control,
                  64*2*2*(28 + 4)*2)

@@ -273,6 +273,15 @@ def _error(found):
     return f' Beyond the prediction at one evaluation is an error of {percent:.1f} % of the noise, magnified.'
 
 # %% ../../nbs/evidence/dial.ipynb #a2468bdd
+def _moved(found):
+    "At which numbers of evaluations the two gains grow along the dial by more than their intervals."
+    for value, name in (('texture', 'texture'), ('frechet', 'Fréchet distance')):
+        pairs = {n: [_entry(found['gains'], level=k, steps=n) for k in ('full', 'none')] for n in found['steps']}
+        ends = {n: (a['intervals'][value], b['intervals'][value]) for n, (a, b) in pairs.items()}
+        at = [str(n) for n, (a, b) in ends.items() if a and b and a[1] < b[0]]
+        yield (f"From full detail to none the gain in {name} grows, intervals apart, at "
+               f"{', '.join(at) or 'no number of'} evaluations.")
+
 def tell_dial(found: dict) -> str: # of `run_dial`
     "Texture and gain from full detail to none, and how the prediction fared."
     reference = next(r['steps'] for r in found['rows'] if r['network'] == 'teacher')
@@ -283,7 +292,7 @@ def tell_dial(found: dict) -> str: # of `run_dial`
         f'From captions of full detail to captions that say nothing, teacher {reference}: texture {teacher}.',
         *(_sentence(found, n) for n in found['steps']),
         f'Latents given a caption have deviation {s[0]:.2f} at full detail and {s[1]:.2f} at none; the undistilled',
-        f'texture over the prediction is {ratios} evaluations.' + _error(found)])
+        f'texture over the prediction is {ratios} evaluations.' + _error(found), *_moved(found)])
 
 # %% ../../nbs/evidence/dial.ipynb #1b0df99e
 FIGURE = Figured('The dial: what distillation gains', run_dial, draw_dial, tell_dial, 4*64*(28 + 2*15))

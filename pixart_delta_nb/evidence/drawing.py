@@ -19,6 +19,13 @@ LABELS = {'accuracy': 'attribute accuracy', 'frechet_imagenet': 'Fréchet distan
           'frechet': 'Fréchet distance, judge', 'clip': 'CLIP score', 'texture': 'texture'}
 MARKERS = 'os^vD*P'
 
+def _plain_ticks(ax, base, rows, x):
+    "A logarithmic axis whose powers of the base are written out, 4 and not 2²."
+    ax.set_xscale('log', base=base)
+    reach = range(int(max(r[x] for r in rows)).bit_length())
+    ax.set_xticks([base**k for k in reach if base**k <= max(r[x] for r in rows)])
+    ax.xaxis.set_major_formatter('{x:g}')
+
 def _curve(ax, rows, value, x, **look):
     "One score of some rows against their `x`, with bars where there are intervals."
     rows = sorted(rows, key=lambda r: r[x])
@@ -44,9 +51,10 @@ def panels(
         for k, name in enumerate(dict.fromkeys(r[group] for r in found['rows'])):
             rows = [r for r in found['rows'] if r[group] == name]
             _curve(ax, rows, value, x, marker=MARKERS[k % 7], color=PALETTE[k % 7], label=name)
-        if log: ax.set_xscale('log', base=log)
+        if log: _plain_ticks(ax, log, found['rows'], x)
         ax.set(xlabel=xlabel, ylabel=LABELS[value])
-    ax.legend()
+    names = ax.get_legend_handles_labels()
+    if len(names[1]) > 1: fig.legend(*names, loc='outside lower center', ncols=len(names[1]))
     return fig
 
 # %% ../../nbs/evidence/drawing.ipynb #e512e4ab
@@ -98,7 +106,7 @@ def draw_strip_of(
 def tell_strip(found: dict) -> str: # of `strip_of`
     "What is compared."
     columns = ', '.join(c.replace('\n', ' ') for c in found['columns'])
-    return f"{len(found['captions'])} captions with the same noise along a row; columns: {columns}."
+    return f"The rows are {len(found['captions'])} captions, each with one noise; the columns are {columns}."
 
 # %% ../../nbs/evidence/drawing.ipynb #3fecf87f
 def table_cells(

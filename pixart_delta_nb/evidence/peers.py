@@ -90,6 +90,15 @@ def draw_peers(found: dict): # of `run_peers`
     "Quality against network evaluations, a curve a solver, from the numbers alone."
     return panels(found, ('accuracy', 'frechet_imagenet'), 'evaluations', 'solver', 'network evaluations an image', 2)
 
+def _at_four(rows):
+    "The student beside the best solver at four evaluations, by accuracy; '' where one of them was not asked."
+    student, teacher = ([r for r in rows if (r['network'] == 'student') is own and r['evaluations'] == 4]
+                        for own in (True, False))
+    if not student or not teacher: return ''
+    best, own = max(teacher, key=lambda r: r['accuracy']), student[0]
+    return (f"At 4 evaluations the accuracy is {own['accuracy']:.3f} with the student and {best['accuracy']:.3f} with "
+            f"the best solver, {best['solver']}.")
+
 def tell_peers(found: dict) -> str: # of `run_peers`
     "How many evaluations the teacher needs to do as well as the student's best, by accuracy and by Fréchet distance."
     text = []
@@ -102,7 +111,7 @@ def tell_peers(found: dict) -> str: # of `run_peers`
         reached = f"the teacher reaches it with {first['solver']} at {first['evaluations']}." if first else NEVER
         text.append(f"{LABELS[value][0].upper()}{LABELS[value][1:]}: the student's best is {best[value]:.3g}, "
                     f"at {best['evaluations']} evaluations; {reached}")
-    return ' '.join(text)
+    return ' '.join(text + [_at_four(found['rows'])])
 
 # %% ../../nbs/evidence/peers.ipynb #913e4fae
 FIGURE = Figured('Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*29 + 2*24 + 15))
