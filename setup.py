@@ -2,6 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
@@ -16,6 +17,18 @@ docs = ['sphinx>=9,<10', 'myst-nb>=1.4,<2', 'sphinx-book-theme>=1.4,<2', 'nbconv
 dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'nbclient', 'nbconvert', 'pytest', 'pytest-timeout', 'hypothesis',
        'build', 'peft', 'pyyaml', 'datasets', 'playwright', *lab, *demo, *docs, *scale]
 
+
+class WithCourse(build_py):
+    """Notebooks and blank exercises go into the wheel, so that `pixart-delta lab` opens them without a checkout."""
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        for path in (p for room in ('nbs', 'exercises') for p in Path(room).rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts):
+            to = Path(self.build_lib)/cfg['lib_name']/'course'/path
+            to.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(path), str(to))
+
+
 setup(
     name=cfg['lib_name'],
     version=cfg['version'],
@@ -29,5 +42,6 @@ setup(
     install_requires=core,
     extras_require={'scale': scale, 'lab': lab, 'demo': demo, 'docs': docs, 'dev': dev, 'log': ['tensorboard']},
     entry_points={'console_scripts': ['pixart-delta=pixart_delta_nb.cli:main']},
+    cmdclass={'build_py': WithCourse},
     zip_safe=False,
 )

@@ -4,7 +4,7 @@ Pages are gathered from notebooks, modules and tests into _proc/, then Sphinx tu
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import api, chapters, package
+import api, chapters, package, slides, teaching
 from package import ROOT
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ def toctree(caption: str, pages: list[str]) -> str:
 def gather_book(book: dict, names: list, tests: dict, pages: Pages) -> None:
     "Every notebook as a page; the first one carries the table of contents."
     trees = [toctree(part, [c.name for c in found if c.name != 'index']) for part, found in book.items()]
-    trees.append(toctree('Reference', ['api/index', 'tests/index']))
+    trees.append(toctree('Reference', ['teaching', 'api/index', 'tests/index']))
     for chapter in (c for found in book.values() for c in found):
         cells = chapters.page(chapter, chapters.Links(chapter, names, tests))
         if chapter.name == 'index': cells.append(chapters.markdown('\n'.join(trees)))
@@ -62,6 +62,12 @@ def gather_tests(pages: Pages) -> None:
     pages.put('tests/index.md', api.contents('Tests', 'What holds the code to its equations.', summaries))
 
 
+def gather_guide(book: dict, pages: Pages) -> None:
+    found = [c for part in book.values() for c in part]
+    questions = {c.name: c.title for c in found if c.name.startswith('workshop/q')}
+    pages.put('teaching.md', teaching.guide([c.name for c in found if c.name in slides.COURSE], questions))
+
+
 def gather(folder: Path) -> None: # all pages of the site, for Sphinx
     modules, book, pages = package.modules(), chapters.book(), Pages(folder)
     names = [name for _, found in modules.values() for name in found]
@@ -69,13 +75,16 @@ def gather(folder: Path) -> None: # all pages of the site, for Sphinx
     gather_book(book, names, tests, pages)
     gather_api(modules, tests, book, pages)
     gather_tests(pages)
+    gather_guide(book, pages)
     pages.sweep()
 
 
 def build(out: Path, folder: Path) -> int: # exit status of Sphinx
     from sphinx.cmd.build import main
     gather(folder)
-    return main(['-q', '-b', 'html', '-j', 'auto', '-c', str(HERE), '-d', f'{folder}_doctrees', str(folder), str(out)])
+    status = main(['-q', '-b', 'html', '-j', 'auto', '-c', str(HERE), '-d', f'{folder}_doctrees', str(folder), str(out)])
+    slides.write_decks([c for found in chapters.book().values() for c in found], out/'slides')
+    return status
 
 
 if __name__ == '__main__': sys.exit(build(ROOT/'_docs', ROOT/'_proc'))

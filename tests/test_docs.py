@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT/'docs'))
-import api, chapters, package
+import api, chapters, package, slides, teaching, timing
 sys.path.remove(str(ROOT/'docs'))
 
 
@@ -135,3 +135,65 @@ def test_pages_of_tests_have_a_target_for_every_link():
     page = api.tests_page(ROOT/'tests/test_solvers.py')
     assert '(test-test-solvers-test-ddim-step-equals-diffusers)=\n## Ddim step equals diffusers' in page and 'nosearch: true' in page
     assert 'theirs' in page and json.dumps(page).count('```python') == page.count('\n## ')
+
+
+# slides and the instructor's guide ----------------------------------------------------------------------------------------
+
+def test_sections_become_slides_prose_becomes_notes_and_appendices_stay_at_home():
+    figure = {'cell_type': 'code', 'source': 'draw()', 'metadata': {}, 'outputs': [{'data': {'image/png': 'AA==\n'}}]}
+    page = made('# T\n\n> S.', '## A\n\nWhy? Because.\n\n$$x$$\n\nIt goes on.', ['#| export\ndef f(): pass'], '## Appendix: files\n\nNo.', '## Recap\n\n- One.')
+    page.cells.insert(2, figure)
+    found = slides.sections(page)
+    assert [len(group) for group in found] == [1, 3, 1]
+    head, shown, notes = found[1][0].partition('<aside')[0], found[1][1], found[1][0].partition('<aside')[2]
+    assert '<h2>A</h2>' in head and 'Why?' in head and '$$x$$' in head and 'It goes on' not in head and 'It goes on' in notes
+    assert 'data:image/png;base64,AA==' in shown and 'def' in found[1][2] and 'One.' in found[2][0]
+
+
+def test_tags_choose_otherwise():
+    page = made('# T\n\n> S.', '## A\n\nWhy?', ['x = 1'], ['y = 2'])
+    page.cells[2]['metadata'], page.cells[1]['metadata'] = {'tags': ['slide']}, {'tags': ['skip']}
+    assert [len(group) for group in slides.sections(page)] == [2]
+
+
+def test_every_deck_of_the_course_has_slides_and_loads_nothing_from_elsewhere():
+    for name in slides.COURSE:
+        text = slides.deck(chapter(name))
+        assert text.count('<section><section>') >= 4 and not [part for part in text.split('src="')[1:] if part.startswith('http')], name
+
+
+def test_plans_end_when_they_say_and_their_notebooks_run_within_their_part():
+    assert [sum(block.minutes for block in plan) for plan in teaching.PLANS.values()] == [210, 465]
+    times = timing.seconds()
+    for block in teaching.ONE_DAY + teaching.HALF_DAY:
+        assert not block.runs or (ROOT/f'nbs/{block.runs}.ipynb').is_file(), block.title
+        assert times.get(block.runs, 0) < 60*block.minutes, block.title
+    assert teaching.table(teaching.HALF_DAY, {'index': 41., '04_toy': 150.}).splitlines()[-1].startswith('| 12:30 |')
+    assert '| 41 s |' in teaching.table(teaching.HALF_DAY, {'index': 41.}) and teaching.lasts(150) == '2 min'
+
+
+def test_the_guide_is_complete_and_its_links_lead_somewhere():
+    import re
+    text = teaching.guide(['index'], {'workshop/live': 'Live'})
+    assert '{' not in re.sub(r'```.*?```', '', text, flags=re.S) and 'slides/index.html' in text
+    assert [link for link in re.findall(r'\]\(([^):]+\.ipynb)\)', text) if not (ROOT/'nbs'/link).is_file()] == []
+
+
+@pytest.mark.parametrize('url, places', [('https://github.com/a/b.git', {'Binder': '/v2/gh/a/b/main', 'Colab': '/github/a/b/blob/main/nbs/index.ipynb'}),
+                                         ('https://example.org/b', {'Binder': '/v2/git/https%3A%2F%2Fexample.org%2Fb/main'})])
+def test_courses_open_elsewhere_from_the_repository_alone(url, places):
+    found = teaching.launch_links(url, 'main')
+    assert found.keys() == places.keys() and all(places[name] in link for name, link in found.items())
+    assert (ROOT/'.binder/requirements.txt').read_text().split() == ['-c', '../constraints.txt', '-e', '.[lab]']
+
+
+def test_the_workflow_builds_with_the_one_command():
+    import yaml
+    steps = yaml.safe_load((ROOT/'.github/workflows/site.yml').read_text())['jobs']['build']['steps']
+    assert [s['run'] for s in steps if 'run' in s] == ["pip install -c constraints.txt -e '.[docs]'", 'python docs/make.py']
+
+
+def test_measured_times_are_added_to_the_file(tmp_path):
+    timing.note({'a': 1.04}, tmp_path/'t.json')
+    timing.note({'b': 3.}, tmp_path/'t.json')
+    assert timing.seconds(tmp_path/'t.json') == {'a': 1., 'b': 3.} and [p.name for p in tmp_path.iterdir()] == ['t.json']

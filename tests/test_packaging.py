@@ -51,8 +51,9 @@ def test_constraints_pin_only_what_is_required_and_all_that_is_asked_for(monkeyp
 def test_what_only_some_need_is_no_requirement_of_all(monkeypatch):
     arguments = setup_arguments(monkeypatch)
     names = {Requirement(r).name for r in arguments['install_requires']}
-    assert not names & {'accelerate', 'bitsandbytes', 'ipywidgets', 'jupyterlab', 'peft', 'datasets'}
-    assert set(arguments['extras_require']['scale']) <= set(arguments['extras_require']['dev'])
+    assert not names & {'accelerate', 'bitsandbytes', 'ipywidgets', 'anywidget', 'jupyterlab', 'gradio', 'sphinx', 'playwright', 'peft', 'datasets'}
+    extras = arguments['extras_require']
+    for name in ('scale', 'lab', 'demo', 'docs'): assert set(extras[name]) <= set(extras['dev'])
     assert arguments['python_requires'] == '>=3.11'
 
 
@@ -61,7 +62,7 @@ def built(tmp_path_factory):
     "Names in sdist and wheel, the wheel built from the sdist; empty files stand for the weights."
     source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('out')
     kept = ['settings.ini', 'constraints.txt', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'CONTRIBUTING.md', 'LICENSE']
-    for pattern in ('pixart_delta_nb/**/*.py', 'nbs/00_core.ipynb', 'configs/**/*.yaml', 'tests/test_packaging.py'):
+    for pattern in ('pixart_delta_nb/**/*.py', 'nbs/00_core.ipynb', 'exercises/01_schedules.ipynb', 'configs/**/*.yaml', 'tests/test_packaging.py'):
         kept += [p.relative_to(ROOT) for p in ROOT.glob(pattern)]
     for path in [*kept, *WEIGHTS]:
         (source/path).parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,11 @@ def test_the_wheel_holds_every_room_and_every_weight(built):
     assert {'pixart_delta_nb/world/__init__.py', 'pixart_delta_nb/evidence/__init__.py'} <= modules
     assert modules | {str(p) for p in WEIGHTS} <= built[1].keys()
     assert not [name for name in built[1] if not name.startswith('pixart_delta_nb')]
+
+
+def test_the_wheel_holds_the_course_for_those_without_a_checkout(built):
+    course = {f'pixart_delta_nb/course/{name}' for name in ('nbs/00_core.ipynb', 'exercises/01_schedules.ipynb')}
+    assert course <= built[1].keys()
 
 
 def test_the_wheel_says_what_it_needs_and_brings_the_command(built):
