@@ -74,6 +74,14 @@ def _score(row, score):
     band = row['intervals'][score]
     return f'{row[score]:.1f}' + (f' ± {(band[1] - band[0])/2:.1f}' if band else '')
 
+def _judged(rows, score):
+    "Which decoder the score prefers, as a clause; '' without intervals."
+    (a, b), bands = (r[score] for r in rows), [r['intervals'][score] for r in rows]
+    if None in bands: return ''
+    (low, high), (other_low, other_high) = bands
+    more = 'by more' if high < other_low or other_high < low else 'but not by more'
+    return f", so it is {'larger' if b > a else 'smaller'} with the small decoder, {more} than its intervals"
+
 def tell_decoders_run(found: dict) -> str: # of `run_decoders`
     "Decibels, Fréchet distances and seconds in words."
     score = 'frechet_imagenet' if 'frechet_imagenet' in found['rows'][0] else 'frechet'
@@ -82,6 +90,6 @@ def tell_decoders_run(found: dict) -> str: # of `run_decoders`
                       for b, s in found['seconds'].items())
     return (f"{found['count']} pictures of the student: the small decoder's are at {found['psnr'][0]:.1f} dB of the "
             f"autoencoder's (the worst at {found['worst_psnr']:.1f}), {times}. Fréchet distance to renders {small} "
-            f"against {full}; between the two decoders {found['between'][0]:.2f}.")
+            f"against {full}{_judged(found['rows'], score)}; between the two decoders {found['between'][0]:.2f}.")
 
 FIGURE = Figured('The small decoder beside the autoencoder', run_decoders, draw_strip_of, tell_decoders_run, 256*4)

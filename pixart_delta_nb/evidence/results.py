@@ -142,5 +142,7 @@ def draw_quality(
         for k, (network, marker) in enumerate((('teacher', 's-'), ('student', 'o--'), ('undistilled', '^:'))):
             rows = sorted((r for r in results['quality'] if r['network'] == network), key=lambda r: r['steps'])
             ax.plot([r['evaluations'] for r in rows], [value(r) for r in rows], marker, color=PALETTE[k], label=network)
-        ax.set_xscale('log', base=2); ax.set(xlabel='network evaluations an image', ylabel=label); ax.legend()
+        asked = sorted({r['evaluations'] for r in results['quality']})
+        ax.set_xscale('log', base=2); ax.set_xticks(asked, asked); ax.minorticks_off()
+        ax.set(xlabel='network evaluations an image', ylabel=label); ax.legend()
     return fig

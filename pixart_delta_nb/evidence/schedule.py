@@ -90,4 +90,4 @@ def tell_schedule(found: dict) -> str: # of `run_schedule`
     return ' '.join(text)
 
 FIGURE = Figured('Distilled on the wrong schedule (§3.3)', run_schedule, draw_strip_of, tell_schedule,
-                 2*600*16*6 + 6*64*4)
+                 2*600*48*6 + 6*64*4)
