@@ -98,10 +98,7 @@ def check_steps(
 # %% ../nbs/09_sampling.ipynb #1241c2d7
 class CountedNetwork:
     "A network that counts the rows it evaluates and moves a progress bar; otherwise the network itself."
-    def __init__(self,
-        network, # as of `predict_eps`
-        bar=None # what has an `update`, once a call
-    ):
+    def __init__(self, network, bar=None): # as of `predict_eps`; what has an `update`, once a call
         self.network, self.bar, self.rows, self.dtype = network, bar, 0, network_dtype(network)
 
     def __call__(self, x, t, caption, mask=None, **conditions): # as of the network
@@ -118,6 +115,14 @@ def _told(config, pixels, count, omega):
                  'aspect_ratio': torch.full((count, 1), height/width)}
     return told if omega is None else told | {'omega': torch.full((count,), float(omega))}
 
+def _conditions(pipe, count, size, control, scale, omega):
+    "What a batch reads beside captions, and the shape of a latent; `ValueError` where the control does not fit."
+    (C, h, w), factor = latent_shape(pipe, size), _factor(pipe)
+    _check_control(pipe.transformer, control, count, (C, h, w))
+    told = _told(pipe.transformer.config, (h*factor, w*factor), count, omega)
+    if control is not None: told['control'] = control
+    return (told if scale is None else told | {'conditioning_scale': scale}), (C, h, w)
+
 # %% ../nbs/09_sampling.ipynb #f2493e2d
 def _check_control(network, control, count, shape):
     "`ValueError` unless there are as many latents of condition pictures as a network that reads them needs."
@@ -132,6 +137,16 @@ def _check_control(network, control, count, shape):
     require(control is None or tuple(control.shape[1:]) == shape,
             lambda: f'control has latents of {tuple(control.shape[1:])}, but the images have {shape}: '
                     'encode condition pictures of the size of the images.')
+
+# %% ../nbs/09_sampling.ipynb #893ac0df
+def _one_batch(pipe, network, run, captions, seeds, shape, told, part):
+    "Latents of one batch, a slice of a checked request."
+    device, generators = next(pipe.transformer.parameters()).device, make_generators(seeds[part])
+    x = initial_latents(generators, shape).to(device)                                             # (B, C, h, w)
+    texts = [c.lower().strip() for c in captions[part]]
+    caption, mask = (y.to(device) for y in encode_captions(pipe.tokenizer, pipe.text_encoder, texts))
+    told = {name: rows[part].to(device) if isinstance(rows, Tensor) else rows for name, rows in told.items()}
+    return run(network, x, generators, caption, mask, **told)
 
 # %% ../nbs/09_sampling.ipynb #8e92014a
 @torch.no_grad()
@@ -150,21 +165,11 @@ def sample_batches(
 ) -> Tensor: # (N, C, h, w) latents; attribute `evaluations`: rows through the network an image
     "Latents of all captions, batch by batch, each image from its own seed; `ValueError` for a broken request."
     captions, seeds = check_request(captions, seeds, batch_size)
-    (C, h, w), device = latent_shape(pipe, size), next(pipe.transformer.parameters()).device
-    _check_control(pipe.transformer, control, len(captions), (C, h, w))
-    told = _told(pipe.transformer.config, (h*_factor(pipe), w*_factor(pipe)), len(captions), omega)
-    if control is not None: told['control'] = control
-    scale = {} if conditioning_scale is None else {'conditioning_scale': conditioning_scale}
-    starts, out = range(0, len(captions), whole(batch_size)), []
-    with shown_progress(total=calls*len(starts), desc='sampling', shown=progress) as bar:
+    told, shape = _conditions(pipe, len(captions), size, control, conditioning_scale, omega)
+    parts = [slice(i, i + whole(batch_size)) for i in range(0, len(captions), whole(batch_size))]
+    with shown_progress(total=calls*len(parts), desc='sampling', shown=progress) as bar:
         network = CountedNetwork(pipe.transformer, bar)
-        for part in (slice(i, i + starts.step) for i in starts):
-            generators = make_generators(seeds[part])
-            x = initial_latents(generators, (C, h, w)).to(device)                                 # (B, C, h, w)
-            texts = [c.lower().strip() for c in captions[part]]
-            caption, mask = (y.to(device) for y in encode_captions(pipe.tokenizer, pipe.text_encoder, texts))
-            mine = {name: rows[part].to(device) for name, rows in told.items()}
-            out.append(run(network, x, generators, caption, mask, **mine, **scale))
+        out = [_one_batch(pipe, network, run, captions, seeds, shape, told, part) for part in parts]
     latents = torch.cat(out)                                                                      # (N, C, h, w)
     latents.evaluations = network.rows//len(captions)
     return latents
@@ -178,9 +183,7 @@ def sample_teacher(
     callback: Callable | None = None, # callback(i, t, x) after each step, for each batch
     **request # seeds, batch_size, progress, size, control, conditioning_scale of `sample_batches`
 ) -> Tensor: # (B, C, h, w) latents; attribute `evaluations`: network evaluations an image
-    """The teacher with guidance (report, Figure 7 and Table 2), equal to diffusers' pipeline for equal seeds.
-
-    Raises `ValueError` for a broken request (see `sample_batches`), and for guidance on top of a guided student."""
+    "The teacher with guidance (report, Figure 7), as in diffusers; `ValueError` for a bad request or a guided student."
     steps, omega = check_steps(steps, len(pipe.alpha_bar) - 1), guidance_scale - 1
     require(omega >= 0, lambda: f'guidance_scale is {guidance_scale}, but s = 1 + ω is at least 1: pass 1 for none.')
     require(not pipe.is_student or omega == 0,
@@ -218,9 +221,7 @@ def sample_student(
     callback: Callable | None = None, # callback(i, t, estimate) after each jump, for each batch
     **request # seeds, batch_size, progress, size, control, conditioning_scale of `sample_batches`
 ) -> Tensor: # (B, C, h, w) latents; attribute `evaluations`: network evaluations an image
-    """Multistep consistency sampling (report §2), equal to diffusers' pipeline with `LCMScheduler` for equal seeds.
-
-    Raises `ValueError` for a broken request (see `sample_batches`), and for guidance given to a student of fixed ω."""
+    "Multistep consistency sampling (report §2), as in diffusers; `ValueError` for a bad request or an ω too many."
     T = len(pipe.alpha_bar)
     steps, omega = check_steps(steps, T//20), _student_omega(pipe, guidance_scale)
     def run(network, x, generators, caption, mask, **told):
@@ -270,14 +271,11 @@ def generate(
     captions: Sequence, # (B,) strings
     steps: int | None = None, # 4 for a student and 14 for a teacher if None
     guidance_scale: float | None = None, # 4.5 for a teacher if None; a student of fixed ω takes none
-    # pixels, (height, width) or one side: any with a table of shapes, else multiples of 16
-    size: int | tuple | None = None,
+    size: int | tuple | None = None, # pixels, (height, width) or a side; multiples of 16 without a table of shapes
     control: Tensor | None = None, # (B, 3, H, W) condition pictures in [-1, 1], for a ControlNet
     **options # seeds, batch_size, progress, callback, conditioning_scale of the sampler
 ) -> Tensor: # (B, 3, H, W) images in [0, 1]; attribute `evaluations`
-    """Images of captions with the sampler that fits the pipeline, at the nearest shape of training.
-
-    `ValueError` as there."""
+    "Images of captions, by the sampler that fits, at the nearest shape of training; `ValueError` as there."
     config, shape = pipe.transformer.config, None if size is None else image_sides(size)
     binned = shape is not None and config.sample_size in (32, 64, 128)       # published: 256, 512 and 1024 pixels
     options['size'] = binned_size(config, *shape) if binned else shape
