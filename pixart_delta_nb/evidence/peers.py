@@ -111,7 +111,7 @@ def tell_peers(found: dict) -> str: # of `run_peers`
         reached = f"the teacher reaches it with {first['solver']} at {first['evaluations']}." if first else NEVER
         text.append(f"{LABELS[value][0].upper()}{LABELS[value][1:]}: the student's best is {best[value]:.3g}, "
                     f"at {best['evaluations']} evaluations; {reached}")
-    return ' '.join(text + [_at_four(found['rows'])])
+    return ' '.join(filter(None, text + [_at_four(found['rows'])]))
 
 # %% ../../nbs/evidence/peers.ipynb #913e4fae
 FIGURE = Figured('Quality against evaluations', run_peers, draw_peers, tell_peers, 32*(4*2*29 + 2*24 + 15))
