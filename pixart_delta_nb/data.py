@@ -74,6 +74,7 @@ def read_source(
     rows = source if hasattr(source, '__iter__') else (source[i] for i in range(len(source)))
     return (usable(row_item(row, f'row {i}', image, text)) for i, row in enumerate(rows))
 
+# %% ../nbs/05e_data.ipynb #f26a40cb
 def source_name(source) -> str:
     "What a source is called in a manifest: its absolute path or paths, or 'rows'."
     paths = [source.folder] if isinstance(source, FolderDataset) else _paths(source)
@@ -92,6 +93,7 @@ def save_latents(
     tensors = {name: v for field, name in FIELDS.items() if (v := getattr(data, field)) is not None}
     return save_tensors(path, tensors, {'facts': json.dumps(data.facts)})
 
+# %% ../nbs/05e_data.ipynb #e11f0f7b
 def open_latents(
     source # file of `save_latents`, folder of shards, or a LatentDataset
 ) -> LatentDataset: # all rows of D_z, in the file's dtypes; rows of shards stay on the disk until they are drawn
@@ -198,6 +200,7 @@ def _in_memory(pipe, stream, encode, batch_size, every, max_length, facts):
     return LatentDataset(z, h.half().cpu(), mask.cpu(), null.cpu(), null_mask.cpu(), sizes, sizes[:, :1]/sizes[:, 1:],
                          control, facts, report)
 
+# %% ../nbs/05e_data.ipynb #b5200843
 def _in_shards(pipe, items, encode, out, head, workers, progress):
     "D_z as a folder of shards."
     settings = head['settings']

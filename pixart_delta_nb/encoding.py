@@ -58,6 +58,7 @@ def keyed(
         seen.add(key)
         yield item, key
 
+# %% ../nbs/05ca_encoding.ipynb #e847ce53
 def decoded(
     pair, # (item, key) of `keyed`
     bins: list | None, # shapes; None keeps each picture's own

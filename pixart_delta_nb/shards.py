@@ -31,6 +31,7 @@ def read_manifest(
             lambda: f'{folder} is not finished, it has {rows} rows in whole shards: run the same precompute again.')
     return manifest
 
+# %% ../nbs/05d_shards.ipynb #86aee67b
 def check_shards(
     folder: str | Path, # of shards
     checksums: bool = True, # read every byte; False compares sizes alone

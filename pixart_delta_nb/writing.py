@@ -67,6 +67,7 @@ def check_manifest(
                 lambda: f'{path} is missing or cut off, but the manifest lists it: copy it again, or begin anew in '
                         'another folder.')
 
+# %% ../nbs/05cb_writing.ipynb #a7c59bc6
 def finish(
     folder: ShardFolder, # all of whose rows are written
     seen: set, # keys that the source has
@@ -84,6 +85,7 @@ def finish(
 # %% ../nbs/05cb_writing.ipynb #75766f84
 class Stopped(Exception): "Ctrl-C or SIGTERM came."
 
+# %% ../nbs/05cb_writing.ipynb #39a5e274
 class Captions:
     "The numbers of all captions, and those that have no shard yet."
     def __init__(self, pipe, settings, numbers, pressed):
@@ -274,6 +276,7 @@ def write_shards(
         gone, encoded = finish(folder, seen, skipped), len(folder.done) - held
     return _report(folder, skipped, gone, encoded, time.perf_counter() - start)
 
+# %% ../nbs/05cb_writing.ipynb #16b5dfbb
 def _report(folder, skipped, gone, encoded, seconds):
     "What a run did, and what the folder holds."
     images = sum(s['rows'] - len(s.get('dropped', ())) for s in folder.images)
