@@ -55,6 +55,7 @@ def read_checkpoint(path):
             lambda: f'{path} is damaged, as its SHA-256 differs from the one it carries: delete it.')
     return unpack(json.loads(text), tensors)
 
+# %% ../nbs/07b_checkpoints.ipynb #804fb8e9
 def put_back(thing, saved):
     "Load a saved state into a module, an EMA, an optimiser or a generator."
     if isinstance(thing, torch.Generator): return thing.set_state(saved)

@@ -75,6 +75,7 @@ def check_trainable(
             'train them in float32 (network.float()); products may still be in bfloat16, and a frozen teacher may be '
             'in half precision.')
 
+# %% ../nbs/07a_optimisers.ipynb #82555cf3
 def adamw(
     parameters, # tensors or groups of them
     lr: float, # rate

@@ -64,6 +64,7 @@ def begin(
     checkpoint.load(state, saved)                                            # last: another run's tensors may not fit
     return now
 
+# %% ../nbs/07c_training.ipynb #ce6553c4
 def differences(
     old: dict | None, # settings of a run
     new: dict | None # of another
@@ -182,6 +183,7 @@ def broken_weights(state):
              p in m.named_parameters())
     return [name for name, p in named if not gathered(p.detach().isfinite().all())]
 
+# %% ../nbs/07c_training.ipynb #559d15e4
 def save(checkpoint, state, now):
     """Checkpoint first, then the log beside it as lines of JSON.
 
