@@ -20,7 +20,7 @@ FIGURES = {'2': 'fig2', '3': 'fig3', '5': 'fig5', '6': 'fig6', '7': 'fig7', '8':
            'table1': 'table1', 'table2': 'table2', 'schedule': 'schedule', 'peers': 'peers', 'lora': 'lora',
            'omega': 'omega', 'attributes': 'attributes', 'control': 'control', 'control-cost': 'control_cost',
            'benchmarks': 'benchmarks', 'dial': 'dial', 'conditional': 'conditional', 'calibration': 'calibration',
-           'decoders': 'decoders'}
+           'decoders': 'decoders', 'front': 'front'}
 
 # %% ../../nbs/evidence/figures.ipynb #21687d72
 def _module(name):

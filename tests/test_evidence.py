@@ -1,0 +1,75 @@
+"""Directions that the prose of the evidence states, held to the numbers in results/."""
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def stored(name):
+    "The numbers of a figure; the test is skipped where it has not been measured."
+    path = ROOT/f'results/{name}.json'
+    if not path.is_file(): pytest.skip(f'results/{name}.json has not been made')
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def says(notebook, words):
+    "Whether the prose of a notebook holds these words."
+    cells = json.loads((ROOT/f'nbs/evidence/{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
+    return words in ' '.join(' '.join(''.join(c['source']).split()) for c in cells if c['cell_type'] == 'markdown')
+
+
+def test_distillation_pays_in_texture_at_every_level_of_detail():
+    assert says('dial', 'So distillation always pays in texture')
+    assert all(g['intervals']['texture'][0] > 1 for g in stored('dial')['gains'])
+
+
+def test_no_undistilled_sampler_keeps_more_than_the_bound_from_two_evaluations_on():
+    assert says('dial', '0.71 of its amplitude')
+    rows = [r for r in stored('dial')['rows'] if r['network'] == 'undistilled' and r['steps'] > 1]
+    assert rows and all(r['texture'] < .5**.5 for r in rows)
+
+
+def test_one_evaluation_fails_less_with_the_student():
+    assert says('fig7', 'though less than the network that it was made from')
+    assert all(g['intervals']['frechet'][0] > 0 for g in stored('dial')['gains'] if g['steps'] == 1)
+
+
+def test_distilling_adds_texture_mark_by_mark():
+    assert says('fig8', 'Along a row texture and edges come in')
+    for steps in (1, 4):
+        rows = sorted((r for r in stored('fig2')['rows'] if r['steps'] == steps), key=lambda r: r['iteration'])
+        assert [r['texture'] for r in rows] == sorted(r['texture'] for r in rows)
+
+
+def test_distillation_does_what_no_solver_does():
+    assert says('peers', 'So distillation does what no solver does')
+    rows = stored('peers')['rows']
+    own, others = ([r['accuracy'] for r in rows if r['evaluations'] <= 4 and (r['network'] == 'student') is student] for student in (True, False))
+    assert max(own) > max(others) + .1
+
+
+def test_solvers_meet_above_the_student():
+    assert says('peers', "what separates the student's best from that height is its own error")
+    rows = stored('peers')['rows']
+    last = max(r['evaluations'] for r in rows)
+    best = max(r['accuracy'] for r in rows if r['network'] == 'student')
+    assert all(r['accuracy'] > best for r in rows if r['evaluations'] == last)
+
+
+def test_words_alone_reach_about_what_another_render_of_the_caption_does():
+    assert says('control', 'The crosses lie low even with captions')
+    found = stored('control')
+    off = [r['fidelity_1'] for r in found['rows'] if r['scale'] == 0 and r['captions'] == 'full']
+    on = [r['closed_1'] for r in found['rows'] if r['scale'] == 1]
+    assert all(abs(v - found['redrawn']['fidelity']) < .1 for v in off) and min(on) > .5
+
+
+def test_the_students_scale_can_be_defended():
+    assert says('omega', 'none of the other scores speaks for a larger one')
+    found = stored('omega')
+    rows, chosen = found['rows'], next(r for r in found['rows'] if r['scale'] == found['chosen'])
+    best = max(rows, key=lambda r: r['accuracy'])
+    assert chosen['intervals']['accuracy'][1] >= best['intervals']['accuracy'][0]
+    assert min(rows, key=lambda r: r['frechet_imagenet'])['scale'] <= chosen['scale'] >= max(rows, key=lambda r: r['clip'])['scale']
