@@ -32,14 +32,12 @@ class Pipeline(Described):
     transformer: object                 # PixArtTransformer, or what is called like one
     alpha_bar: torch.Tensor             # (T,) float64
     scaling_factor: float               # of the latents
-    # betas, folder, student, card, student_card, omega, fingerprints: what is known
-    config: dict = field(default_factory=dict)
+    config: dict = field(default_factory=dict)    # betas, folder, student, card, student_card, omega, fingerprints
     decoder: object = None              # AutoencoderTiny that makes the pictures; None: the autoencoder itself
 
     def __post_init__(self):
         for part in self.networks: part.eval()
-        # convolutions on a CPU: about a quarter faster
-        for part in {self.vae, self.decoding[0]}: part.to(memory_format=torch.channels_last)
+        for part in {self.vae, self.decoding[0]}: part.to(memory_format=torch.channels_last)  # faster on a CPU
         channels, latents = self.transformer.config.in_channels, self.vae.config.latent_channels
         width, states = self.transformer.config.caption_channels, self.text_encoder.config.d_model
         require(channels == latents,
@@ -51,8 +49,7 @@ class Pipeline(Described):
 
     def __repr__(self):
         kind, size = 'student' if self.is_student else 'teacher', sum(p.numel() for p in self.transformer.parameters())
-        folder = self.config.get('folder', 'memory')
-        return f'Pipeline of a {kind}, transformer of {size/1e6:.1f} M parameters, from {folder}'
+        return f'Pipeline of a {kind}, transformer of {size/1e6:.1f} M, from {self.config.get("folder", "memory")}'
 
     @property
     def is_student(self) -> bool: # as for `Described`; a network that embeds ω is one as well
@@ -89,6 +86,7 @@ def _tiny_networks(vocab):
     return (autoencoder_class()(**vae), text_encoder_class()(T5Config(**text)),
             PixArtTransformer(TransformerConfig(**network)))
 
+# %% ../nbs/07d_pipeline.ipynb #4b6abc88
 def tiny_pipeline(
     seed: int = 0, # of the random weights
     omega: float | None = None, # fixed guidance strength; given, the pipeline poses as a student
@@ -112,16 +110,14 @@ def load_pipeline(
     decoder: str | Path = 'full', # 'tiny' for the folder's vae_tiny, or a folder of such a decoder
 ) -> Pipeline: # a student's where the folder has an LCMScheduler, such as PixArt-LCM, or a card that names ω
     "Open a PixArtAlphaPipeline of diffusers; `ValueError` for what is missing, damaged, or another model's."
-    places, opened = placement(device, dtype), open_folder(folder, student)
-    parts = {}
+    places, opened, parts = placement(device, dtype), open_folder(folder, student), {}
     for name, cls in (('vae', autoencoder_class()), ('text_encoder', text_encoder_class())):
         where, precision = places[name]
         parts[name] = load_part(cls, opened.path/name, precision).to(where)
     where, precision = places['transformer']
     transformer = PixArtTransformer.from_pretrained(opened.transformer, precision).to(where)
-    tokenizer = read_tokenizer(opened.path/'tokenizer')
-    pipe = Pipeline(tokenizer=tokenizer, transformer=transformer, alpha_bar=opened.alpha_bar,
-                    scaling_factor=opened.scaling_factor, config=opened.config, **parts)
+    pipe = Pipeline(tokenizer=read_tokenizer(opened.path/'tokenizer'), transformer=transformer, config=opened.config,
+                    alpha_bar=opened.alpha_bar, scaling_factor=opened.scaling_factor, **parts)
     return pipe if decoder == 'full' else with_decoder(pipe, decoder)
 
 # %% ../nbs/07d_pipeline.ipynb #b0bbdd2b
@@ -140,6 +136,7 @@ def save_decoder(
         save_card(to, **getattr(decoder, 'facts', {}) | facts)
     return write_folder(folder, write)
 
+# %% ../nbs/07d_pipeline.ipynb #879dae05
 def with_decoder(
     pipe: Pipeline, # stays as it is
     decoder: str | Path = 'tiny', # 'tiny' for the folder's vae_tiny; a folder of such a decoder; 'full' for none
@@ -182,6 +179,7 @@ def _usage(student, omega, config):
 _TINY = ("\nA small decoder draws nearly the same pictures several times faster:\n"
          "`pipe.vae = diffusers.AutoencoderTiny.from_pretrained('FOLDER/vae_tiny')`.\n")
 
+# %% ../nbs/07d_pipeline.ipynb #ae409a1f
 def _finish(folder, model, network, known, facts):
     "Scheduler, README, index and card, in this order."
     student, omega, scheduler = model.is_student, model.omega, scheduler_of(model)
@@ -211,6 +209,7 @@ def _write_part(part, folder, dtype):
     config = read_json(folder/'config.json')
     if 'dtype' in config: write_json(folder/'config.json', config | {'dtype': 'float32'}, indent=2)
 
+# %% ../nbs/07d_pipeline.ipynb #0aaf4804
 def save_pipeline(
     pipe: Pipeline, # stays where it is
     folder: str | Path, # is made, or its parts replaced
@@ -282,6 +281,7 @@ def _pipeline_class(student, binned):
     # the name is what diffusers writes into a saved index
     return type('PixArtAlphaPipeline', (base,), {'__call__': call})
 
+# %% ../nbs/07d_pipeline.ipynb #0839ae3c
 def to_diffusers(
     pipe: Pipeline, # teacher or student; its parts are shared
 ): # diffusers' PixArtAlphaPipeline
