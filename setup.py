@@ -23,7 +23,8 @@ class WithCourse(build_py):
     def run(self):
         super().run()
         if self.editable_mode: return
-        for path in (p for room in ('nbs', 'exercises') for p in Path(room).rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts):
+        for path in [*Path('nbs').rglob('*.ipynb'), *Path('exercises').rglob('*.ipynb')]:
+            if '.ipynb_checkpoints' in path.parts: continue
             to = Path(self.build_lib)/cfg['lib_name']/'course'/path
             to.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(path), str(to))

@@ -1,9 +1,10 @@
-"""One page a module and one a file of tests: each public name with its source, an example that runs, and the tests that hold it."""
+"""One page a module and one a file of tests: each public name with its source, an example that runs, and its tests."""
 import ast, re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from chapters import Chapter, definition, equations_of, is_export, is_markdown, is_shown, section, sentence, slug, source
+from chapters import (Chapter, definition, equations_of, is_export, is_markdown, is_shown, section, sentence, slug,
+                      source)
 from package import PACKAGE, ROOT, Public, section_of, words
 
 
@@ -23,8 +24,8 @@ class Uses:
     """Which cell and which test uses which word; read once, asked for every name."""
     def __init__(self, chapters: list[Chapter], root: Path = ROOT):
         self.chapters = chapters
-        self.words = {c.name: {i: words(ast.parse(without_magic(source(cell)))) for i, cell in enumerate(c.cells) if not is_markdown(cell)}
-                      for c in chapters}
+        self.words = {c.name: {i: words(ast.parse(without_magic(source(cell)))) for i, cell in enumerate(c.cells)
+                               if not is_markdown(cell)} for c in chapters}
         self.whole = {c.name: ''.join(map(source, c.cells)) for c in chapters}
         self.root = root
 
@@ -56,7 +57,8 @@ class Uses:
             if used: return Example(clean(chapter.cells[used[0]]), '', f'its caller, in {chapter_link(chapter)}')
 
     def in_terminal(self, name: Public) -> Example | None: # a command is called by nobody but its user
-        if 'command' in name.decorators: return Example(f'# in a terminal\n# pixart-delta {name.name.replace("_", "-")} --help', '', 'as a command')
+        if 'command' not in name.decorators: return None
+        return Example(f'# in a terminal\n# pixart-delta {name.name.replace("_", "-")} --help', '', 'as a command')
 
     def example(self, name: Public, tests: list[tuple[str, str]]) -> Example | None:
         return self.in_notebook(name) or self.in_test(name, tests) or self.in_code(name) or self.in_terminal(name)
@@ -108,10 +110,11 @@ def fields(name: Public) -> str: # arguments and result, as Sphinx lists them
 
 
 def derivation(name: Public, chapter: Chapter) -> str:
-    "Where it comes from: the section of the notebook, the equations there, and the places of the report that its docstring names."
+    "Where it comes from: a section of the notebook, the equations there, the places of the report in its docstring."
     place = chapter.definitions.get(name.name)
     text = f'derived in {chapter_link(chapter)}'
-    if place is not None: text += f', [{section(chapter, place)[1].replace("`", "")}](#{definition(name.module, name.name)})'
+    if place is not None:
+        text += f', [{section(chapter, place)[1].replace("`", "")}](#{definition(name.module, name.name)})'
     found = equations_of(chapter, name)
     if found: text += ', equation ' + ', '.join(f'[({n})](#{slug("eq", chapter.name, n)})' for n in found[:6])
     report = section_of(name.doc)
@@ -119,29 +122,48 @@ def derivation(name: Public, chapter: Chapter) -> str:
 
 
 def directive(name: Public, content: str) -> str:
-    short = [a.name + (f'={a.default}' if a.default and len(a.default) < 40 else '=…' if a.default else '') for a in name.arguments]
-    signature = '' if name.kind == 'data' else f'({", ".join(short)})' # types stand in the list below it
+    default = lambda a: f'={a.default}' if a.default and len(a.default) < 40 else '=…' if a.default else ''
+    short = [a.name + default(a) for a in name.arguments] # types stand in the list below it
+    signature = '' if name.kind == 'data' else f'({", ".join(short)})'
     return f'::::{{py:{name.kind}}} {name.name}{signature}\n\n{content}\n::::\n'
+
+
+def value(name: Public) -> str: # of data, if it is short enough to be read
+    if name.kind != 'data' or not name.signature: return ''
+    return block(name.signature[:300] + ' …' * (len(name.signature) > 300), 'python')
+
+
+def evidence(name: Public, chapter: Chapter, uses: Uses, tests: list[tuple[str, str]]) -> list[str]:
+    "Source, tests and example, a paragraph each."
+    parts = [f'**Source:** {derivation(name, chapter)}.']
+    more = f' and {len(tests) - 4} more' if tests[4:] else ''
+    if tests: parts.append('**Tests:** ' + ', '.join(test_link(*t) for t in tests[:4]) + f'{more}.')
+    example = uses.example(name, tests)
+    if example is None: return parts
+    parts += [f'**Example,** {example.origin}:', block(example.code, 'python')]
+    return parts + ([block(example.output, 'text')] if example.output.strip() else [])
 
 
 def entry(name: Public, chapter: Chapter, uses: Uses, tests: dict[str, list]) -> str:
     "The part of a page on one name."
-    value = block(name.signature[:300] + ' …' * (len(name.signature) > 300), 'python') if name.kind == 'data' and name.signature else ''
-    parts = [name.doc, value, fields(name)]
+    parts = [name.doc, value(name), fields(name)]
     parts += [f'`{m.name}{m.signature}`: {one_line(m.doc)}' for m in name.methods]
-    held = tests.get(name.path, [])
-    if name.kind != 'data':
-        parts.append(f'**Source:** {derivation(name, chapter)}.')
-        if held: parts.append('**Tests:** ' + ', '.join(test_link(*t) for t in held[:4]) + (f' and {len(held) - 4} more' if held[4:] else '') + '.')
-        example = uses.example(name, held)
-        if example: parts += [f'**Example,** {example.origin}:', block(example.code, 'python'), block(example.output, 'text') if example.output.strip() else '']
+    if name.kind != 'data': parts += evidence(name, chapter, uses, tests.get(name.path, []))
     return directive(name, '\n\n'.join(p for p in parts if p))
 
 
-def module_page(module: str, doc: str, names: list[Public], chapter: Chapter, uses: Uses, tests: dict[str, list]) -> str:
-    head = f'---\norphan: true\n---\n\n# {module}\n\n{doc}\n\n```python\nfrom {PACKAGE}.{module} import …\n```\n\nDerived in {chapter_link(chapter)}.\n'
-    listed = sorted(names, key=lambda n: n.kind == 'data')
-    return '\n'.join([head, f'```{{py:currentmodule}} {PACKAGE}.{module}\n```\n', *(entry(n, chapter, uses, tests) for n in listed)])
+def module_page(
+    module: str, # without the package
+    doc: str, # its docstring
+    names: list[Public],
+    chapter: Chapter, # the notebook that exports it
+    uses: Uses,
+    tests: dict[str, list] # path of a name -> its tests
+) -> str: # Markdown
+    head = f'---\norphan: true\n---\n\n# {module}\n\n{doc}\n\nDerived in {chapter_link(chapter)}.\n'
+    load = block(f'from {PACKAGE}.{module} import …', 'python')
+    entries = [entry(n, chapter, uses, tests) for n in sorted(names, key=lambda n: n.kind == 'data')]
+    return '\n'.join([head, load, f'```{{py:currentmodule}} {PACKAGE}.{module}\n```\n', *entries])
 
 
 def summary(path: Path) -> str: return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
@@ -150,9 +172,12 @@ def summary(path: Path) -> str: return ast.get_docstring(ast.parse(path.read_tex
 def tests_page(path: Path, root: Path = ROOT) -> str: # a file of tests, one section a test
     file = str(path.relative_to(root/'tests').with_suffix(''))
     tests = {name: text for name, text in test_sources(path).items() if name.startswith('test_')}
-    parts = [f'({slug("test", file, name)})=\n## {sentence(name)}\n\n{block(text, "python")}' for name, text in tests.items()]
+    parts = [f'({slug("test", file, name)})=\n## {sentence(name)}\n\n{block(text, "python")}'
+             for name, text in tests.items()]
     return '\n\n'.join([f'---\nnosearch: true\norphan: true\n---\n\n# {file}\n\n{summary(path)}', *parts, ''])
 
 
 def contents(title: str, summary: str, pages: dict[str, str]) -> str: # page -> what it is about
-    return f'# {title}\n\n{summary}\n\n' + '\n'.join(f'- {{doc}}`{page.partition("/")[2].replace("/", ".")} </{page}>`: {doc}' for page, doc in pages.items()) + '\n'
+    short = lambda page: page.partition('/')[2].replace('/', '.')
+    listed = [f'- {{doc}}`{short(page)} </{page}>`: {doc}' for page, doc in pages.items()]
+    return '\n'.join([f'# {title}\n\n{summary}\n', *listed, ''])

@@ -1,15 +1,17 @@
-"""From the notebooks of the repository to the pages of the site: what is shown, in which order, and what links to what."""
+"""From the notebooks to the pages of the site: what is shown, in which order, and what links to what."""
 import ast, json, re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from package import ROOT, Public
 
-PARTS = {'The way in': ('index', 'notation', 'disagreements', 'front_door'), 'The library': ('[0-9]*',), 'The world': ('world/*',),
-         'The evidence': ('evidence/*',), 'The workshop': ('workshop/*',)}
+PARTS = {'The way in': ('index', 'notation', 'disagreements', 'front_door'), 'The library': ('[0-9]*',),
+         'The world': ('world/*',), 'The evidence': ('evidence/*',), 'The workshop': ('workshop/*',)}
 PROTECTED = re.compile(r'```.*?```|\$\$.*?\$\$|!?\[[^\]]*\]\([^)]*\)|`[^`\n]+`|\$[^$\n]+\$', re.S)
 EQUATION = re.compile(r'(?m)^\$\$(?:(?!\$\$).)*?\\tag\{(\w+)\}.*?\$\$[ \t]*$', re.S)
-CITATION = re.compile(r'\b(?:[Ee]quations?|[Ee]qs?\.)[\s~]*\(?\d+\)?(?:\s*(?:,|and|to|–)\s*\(\d+\))*(?!\d|\)?\s*of the (?:report|paper))')
+CITATION = re.compile(r'\b(?:[Ee]quations?|[Ee]qs?\.)[\s~]*\(?\d+\)?(?:\s*(?:,|and|to|–)\s*\(\d+\))*'
+                      r'(?!\d|\)?\s*of the (?:report|paper))')
 
 
 @dataclass
@@ -22,7 +24,8 @@ class Chapter:
     links: list[str] = field(default_factory=list) # files of the repository that its text links to
 
     @property
-    def title(self) -> str: return next(re.match(r'# (.*)', source(c)).group(1) for c in self.cells if source(c).startswith('# '))
+    def title(self) -> str:
+        return next(source(c).splitlines()[0].lstrip('# ') for c in self.cells if source(c).startswith('# '))
 
     @cached_property
     def definitions(self) -> dict[str, int]: # public function or class -> cell that defines it
@@ -36,7 +39,8 @@ class Chapter:
 
 def source(cell: dict) -> str: return ''.join(cell['source'])
 def is_markdown(cell: dict) -> bool: return cell['cell_type'] == 'markdown'
-def directives(cell: dict) -> list[str]: return re.findall(r'(?m)^#\|\s*(.*?)\s*$', source(cell)) if not is_markdown(cell) else []
+def directives(cell: dict) -> list[str]: # what is said to nbdev: 'export', 'hide', 'default_exp solvers'
+    return [] if is_markdown(cell) else re.findall(r'(?m)^#\|\s*(.*?)\s*$', source(cell))
 def is_export(cell: dict) -> bool: return 'export' in directives(cell)
 
 
@@ -44,14 +48,15 @@ def slug(*parts: str) -> str: # a target's name: letters, digits and hyphens
     return re.sub(r'[^a-z0-9]+', '-', '-'.join(parts).lower()).strip('-')
 
 
-def sentence(test: str) -> str: return test.removeprefix('test_').replace('_', ' ').capitalize() # names of tests are sentences
+def sentence(test: str) -> str: # the name of a test is one
+    return test.removeprefix('test_').replace('_', ' ').capitalize()
 
 
 def definition(module: str, name: str) -> str: # the target of the cell that defines a name; docutils forgets capitals
     return slug('class' if name[0].isupper() else 'def', module, name)
 
 
-def jupyter_anchor(title: str) -> str: return title.replace(' ', '-') # so that links to headings work in Jupyter and here
+def jupyter_anchor(title: str) -> str: return title.replace(' ', '-') # one link to a heading, here and in Jupyter
 
 
 def read(path: Path, nbs: Path) -> Chapter:
@@ -66,14 +71,12 @@ def reading_order(root: Path = ROOT) -> list[str]: # notebooks in the order in w
 
 
 def book(root: Path = ROOT) -> dict[str, list[Chapter]]: # part -> its chapters, in reading order
-    "Every notebook once. Numbered ones come in the order of their numbers, those of a folder in the order of the README."
+    "Every notebook once: numbered ones in the order of their numbers, those of a folder in the order of the README."
     nbs, order = root/'nbs', reading_order(root)
     rank = lambda name: (order.index(name) if '/' in name and name in order else len(order), name)
-    parts = {}
-    for part, patterns in PARTS.items():
-        found = [sorted((str(p.relative_to(nbs).with_suffix('')) for p in nbs.glob(pattern + '.ipynb')), key=rank) for pattern in patterns]
-        parts[part] = [read(nbs/f'{name}.ipynb', nbs) for names in found for name in names]
-    return {part: chapters for part, chapters in parts.items() if chapters}
+    def found(pattern): return sorted((str(p.relative_to(nbs).with_suffix('')) for p in nbs.glob(f'{pattern}.ipynb')), key=rank)
+    parts = {part: [name for pattern in patterns for name in found(pattern)] for part, patterns in PARTS.items()}
+    return {part: [read(nbs/f'{name}.ipynb', nbs) for name in names] for part, names in parts.items() if names}
 
 
 # which equation, which code, which test ------------------------------------------------------------------------------
@@ -118,13 +121,13 @@ def described(before: str) -> str: # the last sentences of the prose before a fi
 
 
 def code_cell(cell: dict, before: str) -> dict:
-    "Without directives and without widgets, which need a running Python; figures with words for those who do not see them."
+    "Without directives, and without widgets, which need a running Python; figures with words for a screen reader."
     kept = [o for o in cell['outputs'] if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
     text = re.sub(r'(?m)^#\|.*\n?', '', source(cell)).lstrip('\n')
     tags = cell['metadata'].get('tags', [])
     folded = ['hide-input'] if 'solution' in tags else [] # a learner opens it when he wants it
-    shown = {'image': {'alt': described(before)}, 'code_prompt_show': 'Show a solution', 'code_prompt_hide': 'Hide the solution'}
-    metadata = {'tags': tags + folded, 'mystnb': shown}
+    shown = {'code_prompt_show': 'Show a solution', 'code_prompt_hide': 'Hide the solution'}
+    metadata = {'tags': tags + folded, 'mystnb': shown | {'image': {'alt': described(before)}}}
     return cell | {'source': text, 'outputs': kept, 'metadata': metadata}
 
 
@@ -137,8 +140,9 @@ class Links:
     def __init__(self, chapter: Chapter, names: list[Public], tests: dict[str, list], root: Path = ROOT):
         self.chapter, self.tests, self.root = chapter, tests, root
         self.own = {n.name: n for n in names if n.module == chapter.module}
-        count = [n.name for n in names if n.kind != 'data']
-        self.names = {n.name: n for n in names if n.kind != 'data' and count.count(n.name) == 1 and len(n.name) > 4} | self.own
+        code = [n for n in names if n.kind != 'data']
+        count = Counter(n.name for n in code)
+        self.names = {n.name: n for n in code if count[n.name] == 1 and len(n.name) > 4} | self.own
         self.equations = chapter.equations
 
     def name(self, code: str) -> str: # '`f`' or '`module.f(x)`', linked if it is a public name
@@ -147,8 +151,8 @@ class Links:
         return f'{{py:obj}}`{code.strip("`")} <{found.path}>`' if found and '<' not in code else code
 
     def citation(self, match: re.Match) -> str:
-        link = lambda m: f'[{m.group()}](#{slug("eq", self.chapter.name, m.group(1))})' if m.group(1) in self.equations else m.group()
-        return re.sub(r'\(?(\d+)\)?', link, match.group())
+        def link(m): return f'[{m.group()}](#{slug("eq", self.chapter.name, m.group(1))})'
+        return re.sub(r'\(?(\d+)\)?', lambda m: link(m) if m.group(1) in self.equations else m.group(), match.group())
 
     def file(self, link: str) -> str: # '[text](../results/x.json)': the file goes with the site
         match = re.fullmatch(r'(!?\[[^\]]*\])\(([^)\s#]+)(#[^)]*)?\)', link, re.S)
@@ -176,7 +180,7 @@ class Links:
         return f'\n{target("eq", self.chapter.name, number)}\n{match.group()}{self.code_of(number)}\n'
 
     def text(self, cell: str) -> str:
-        "A markdown cell with links: names to their page, citations to equations, equations to code and tests, files to copies."
+        "A markdown cell with links: names to their page, citations to equations, equations to code and tests."
         out, end = [], 0
         for match in PROTECTED.finditer(cell):
             out += [CITATION.sub(self.citation, cell[end:match.start()]), self.piece(match.group())]
@@ -200,6 +204,7 @@ def page(chapter: Chapter, links: Links) -> list[dict]: # the cells of its page
 
 
 def as_notebook(cells: list[dict]) -> str: # the text of a notebook file
-    kernel = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'}, 'language_info': {'name': 'python'}}
+    kernel = {'kernelspec': {'name': 'python3', 'display_name': 'Python 3', 'language': 'python'},
+              'language_info': {'name': 'python'}}
     cells = [{'id': f'c{i}'} | cell for i, cell in enumerate(cells)]
     return json.dumps({'cells': cells, 'metadata': kernel, 'nbformat': 4, 'nbformat_minor': 5}, ensure_ascii=False)

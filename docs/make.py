@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Pages:
-    """The folder that Sphinx reads. A page that has not changed is not written, so that the next build renders only what is new."""
+    """The folder that Sphinx reads. A page that has not changed is not written, so that only new ones are rendered."""
     def __init__(self, folder: Path):
         self.folder, self.kept = folder, set()
 
@@ -28,7 +28,8 @@ class Pages:
 
 
 def toctree(caption: str, pages: list[str]) -> str:
-    return f'```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {caption}\n\n' + '\n'.join(f'/{p}' for p in pages) + '\n```\n'
+    listed = '\n'.join(f'/{page}' for page in pages)
+    return f'```{{toctree}}\n:hidden:\n:maxdepth: 1\n:caption: {caption}\n\n{listed}\n```\n'
 
 
 def gather_book(book: dict, names: list, tests: dict, pages: Pages) -> None:
@@ -49,7 +50,7 @@ def gather_api(modules: dict, tests: dict, book: dict, pages: Pages) -> None:
     order = list(dict.fromkeys(c.module for c in found if c.module in modules))
     for module in order:
         pages.put(f'{api.page_of(module)}.md', api.module_page(module, *modules[module], home[module], uses, tests))
-    summary = 'Every public name, with the section and equation it comes from, an example that runs, and the tests that hold it.'
+    summary = 'Every public name, with the section and equation it comes from, an example that runs, and its tests.'
     pages.put('api/index.md', api.contents('Modules', summary, {api.page_of(m): modules[m][0] for m in order}))
 
 
@@ -82,7 +83,8 @@ def gather(folder: Path) -> None: # all pages of the site, for Sphinx
 def build(out: Path, folder: Path) -> int: # exit status of Sphinx
     from sphinx.cmd.build import main
     gather(folder)
-    status = main(['-q', '-b', 'html', '-j', 'auto', '-c', str(HERE), '-d', f'{folder}_doctrees', str(folder), str(out)])
+    options = ['-q', '-b', 'html', '-j', 'auto', '-c', str(HERE), '-d', f'{folder}_doctrees']
+    status = main([*options, str(folder), str(out)])
     slides.write_decks([c for found in chapters.book().values() for c in found], out/'slides')
     return status
 

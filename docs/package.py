@@ -1,4 +1,4 @@
-"""The public names of the package, as the source states them: signature, docments, docstring, and the tests that use them."""
+"""The public names of the package as its source states them: signature, docments, docstring, and their tests."""
 import ast, io, re, tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,16 +37,19 @@ def comments(source: str) -> dict[int, str]: # line -> text of the comment that 
     return {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type == tokenize.COMMENT}
 
 
+def text_of(node: ast.AST | None) -> str: return ast.unparse(node) if node else ''
+
+
 def arguments_of(args: ast.arguments, notes: dict[int, str]) -> list[Argument]:
     "Arguments in the order of the signature, each with the comment on its line where it has that line to itself."
     plain = args.posonlyargs + args.args
     defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
-    pairs = [*zip(plain, defaults), *([(args.vararg, None)] if args.vararg else []), *zip(args.kwonlyargs, args.kw_defaults),
-             *([(args.kwarg, None)] if args.kwarg else [])]
+    rest = [[(a, None)] if a else [] for a in (args.vararg, args.kwarg)]
+    pairs = [*zip(plain, defaults), *rest[0], *zip(args.kwonlyargs, args.kw_defaults), *rest[1]]
     lines = [a.lineno for a, _ in pairs]
     star = {id(args.vararg): '*', id(args.kwarg): '**'}
-    text = lambda node: ast.unparse(node) if node else ''
-    return [Argument(star.get(id(a), '') + a.arg, text(a.annotation), text(default), notes.get(a.lineno, '') if lines.count(a.lineno) == 1 else '')
+    comment = lambda a: notes.get(a.lineno, '') if lines.count(a.lineno) == 1 else ''
+    return [Argument(star.get(id(a), '') + a.arg, text_of(a.annotation), text_of(default), comment(a))
             for a, default in pairs if a.arg not in ('self', 'cls')]
 
 
@@ -63,7 +66,8 @@ def result(node: ast.FunctionDef, notes: dict[int, str]) -> Argument | None:
 
 
 def function(module: str, node: ast.FunctionDef, notes: dict[int, str], prefix: str = '') -> Public:
-    found = Public(module, prefix + node.name, 'function', written(node), arguments_of(node.args, notes), result(node, notes), ast.get_docstring(node) or '')
+    arguments, doc = arguments_of(node.args, notes), ast.get_docstring(node) or ''
+    found = Public(module, prefix + node.name, 'function', written(node), arguments, result(node, notes), doc)
     for decorator in node.decorator_list: found.decorators |= words(decorator)
     return found
 
@@ -72,7 +76,7 @@ def class_(module: str, node: ast.ClassDef, notes: dict[int, str]) -> Public:
     "A class with its public methods; its arguments are those of `__init__`, or the fields of a dataclass."
     methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
     start = next((m for m in methods if m.name == '__init__'), None)
-    fields = [Argument(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else '', notes.get(n.lineno, ''))
+    fields = [Argument(n.target.id, text_of(n.annotation), text_of(n.value), notes.get(n.lineno, ''))
               for n in node.body if isinstance(n, ast.AnnAssign)]
     arguments = arguments_of(start.args, notes) if start else fields
     signature = '(' + ', '.join(a.name + (f'={a.default}' if a.default else '') for a in arguments) + ')'
@@ -114,7 +118,8 @@ def modules(root: Path = ROOT) -> dict[str, tuple[str, list[Public]]]: # module 
 
 
 def words(node: ast.AST) -> set[str]: # names and attributes below a node
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    nodes = list(ast.walk(node))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
 
 
 def imported(tree: ast.Module) -> set[str]: # modules of the package that a file imports from, without the package
@@ -123,14 +128,16 @@ def imported(tree: ast.Module) -> set[str]: # modules of the package that a file
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == PACKAGE:
             base = node.module.partition('.')[2]
             found |= {base} | {f'{base}.{a.name}'.strip('.') for a in node.names}
-        elif isinstance(node, ast.Import): found |= {a.name.partition('.')[2] for a in node.names if a.name.startswith(PACKAGE)}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.partition('.')[2] for a in node.names if a.name.startswith(PACKAGE)}
     return found
 
 
 def uses(tree: ast.Module) -> dict[str, set[str]]: # test -> words that it uses, through the helpers of its own file too
     own = {}
     for node in tree.body:
-        for name in [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else targets(node): own[name] = words(node)
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else targets(node)
+        own |= {name: words(node) for name in names}
     def closed(name, seen): # follows helpers
         found = set(own[name])
         for other in own[name] & own.keys() - seen: found |= closed(other, seen | own[name])
@@ -138,7 +145,8 @@ def uses(tree: ast.Module) -> dict[str, set[str]]: # test -> words that it uses,
     return {name: closed(name, {name}) for name in own if name.startswith('test_')}
 
 
-def tests(names: list[Public], root: Path = ROOT) -> dict[str, list[tuple[str, str]]]: # path of a name -> (file of tests, test)
+def tests(names: list[Public], root: Path = ROOT) -> dict[str, list[tuple[str, str]]]:
+    "Path of a name -> the tests that use it, as (file of tests, test)."
     found = {}
     for path in sorted((root/'tests').rglob('test_*.py')):
         tree = ast.parse(path.read_text(encoding='utf-8'))

@@ -1,6 +1,6 @@
-"""Slides from the notebooks: sections become slides, prose becomes the speaker's notes, figures and short code get a slide each.
+"""Slides from the notebooks: sections become slides, and prose becomes the speaker's notes.
 
-The rule in full. A heading of a section opens a slide with the question that the section asks, its equations, tables and boxes.
+The rule in full. A section opens a slide with its heading, its first sentence, its equations, tables and boxes.
 A figure gets a slide with the sentence that announces it, and so does code that the package exports, up to FITS lines.
 All other prose is for the speaker: press S. Cells tagged `slide` are shown whole, those tagged `skip` are left out."""
 import base64, html, json, re, shutil
@@ -9,8 +9,8 @@ from chapters import Chapter, described, directives, is_export, is_markdown, is_
 
 HERE = Path(__file__).resolve().parent
 FITS = 16 # lines of code that can be read from the last row
-COURSE = ['index', '01_schedules', '02_solvers', '03_consistency', '04_toy', '06_transformer', '08_lcd', '09_sampling', '10_lora',
-          '11_controlnet', '12_int8']
+COURSE = ['index', '01_schedules', '02_solvers', '03_consistency', '04_toy', '06_transformer', '08_lcd', '09_sampling',
+          '10_lora', '11_controlnet', '12_int8']
 SHOWN = re.compile(r'\$\$.*?\$\$|(?:^\|.*\n?)+|(?:^>.*\n?)+|(?:^(?:\d+\.|[-*]) .*(?:\n(?!\n).*)*\n?)+', re.S | re.M)
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -21,16 +21,22 @@ PAGE = '''<!doctype html>
 {slides}
 </div></div>
 <script>window.MathJax = {mathjax};</script>
-<script src="../_static/mathjax/tex-svg-full.js"></script><script src="reveal/reveal.js"></script><script src="reveal/notes.js"></script>
-<script>MathJax.startup.promise.then(() => Reveal.initialize({{hash: true, plugins: [RevealNotes], width: 1280, height: 720, margin: 0.06}}));</script>
+<script src="../_static/mathjax/tex-svg-full.js"></script>
+<script src="reveal/reveal.js"></script><script src="reveal/notes.js"></script>
+<script>
+const look = {{hash: true, plugins: [RevealNotes], width: 1280, height: 720, margin: 0.06}};
+MathJax.startup.promise.then(() => Reveal.initialize(look));
+</script>
 </body></html>
 '''
-MATHJAX = {'tex': {'inlineMath': [['$', '$']], 'displayMath': [['$$', '$$']]}, 'options': {'enableMenu': False, 'skipHtmlTags': ['code', 'pre', 'aside']}}
+MATHJAX = {'tex': {'inlineMath': [['$', '$']], 'displayMath': [['$$', '$$']]},
+           'options': {'enableMenu': False, 'skipHtmlTags': ['code', 'pre', 'aside']}}
 
 
-# what is shown, and what is said -----------------------------------------------------------------------------------------
+# what is shown, and what is said -------------------------------------------------------------------------------------
 def lead(prose: str) -> str: # the first sentence of the first paragraph
-    paragraph = next((p for p in re.split(r'\n\s*\n', prose) if re.match(r'[\w*`\[“"$]', p.strip()) and not SHOWN.match(p.strip())), '')
+    paragraphs = (p.strip() for p in re.split(r'\n\s*\n', prose))
+    paragraph = next((p for p in paragraphs if re.match(r'[\w*`\[“"$]', p) and not SHOWN.match(p)), '')
     return re.split(r'(?<=[.?!]) +(?=[A-Z“])', ' '.join(paragraph.split()))[0]
 
 
@@ -48,6 +54,9 @@ def rendered(markdown: str) -> str: # HTML
         return f'MATH{len(kept) - 1}HTAM'
     text = re.sub(r'\$\$.*?\$\$|\$[^$\n]+\$', keep, re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', markdown), flags=re.S)
     return re.sub(r'MATH(\d+)HTAM', lambda m: kept[int(m.group(1))], MarkdownIt().enable('table').render(text))
+
+
+def inline(markdown: str) -> str: return rendered(markdown).strip().removeprefix('<p>').removesuffix('</p>')
 
 
 def coloured(code: str) -> str: # HTML of Python
@@ -76,13 +85,15 @@ def of_markdown(cell: dict) -> tuple[str, str]: # heading of a new section or ''
     heading, first, shown, prose = split(source(cell))
     if 'slide' in cell['metadata'].get('tags', []): return heading, slide(rendered(source(cell)))
     level = 'h1' if source(cell).startswith('# ') else 'h2'
-    words = f'<p class="lead">{rendered(first)[3:-5]}</p>' if first else ''
-    return heading, slide(f'<{level}>{rendered(heading)[3:-5]}</{level}>{words}' + ''.join(map(rendered, shown[:2])), prose)
+    title = f'<{level}>{inline(heading)}</{level}>' if heading else ''
+    words = f'<p class="lead">{inline(first)}</p>' if first else ''
+    return heading, slide(title + words + ''.join(map(rendered, shown[:2])), prose)
 
 
 def of_code(cell: dict, before: str) -> list[str]: # slides: figures, then exported code that can be read
     words = described(before)
-    found = [slide(f'{picture}<p class="caption">{html.escape(words)}</p>', before) for picture in pictures(cell, words)]
+    caption = f'<p class="caption">{html.escape(words)}</p>'
+    found = [slide(picture + caption, before) for picture in pictures(cell, words)]
     code = re.sub(r'(?m)^#\|.*\n?', '', source(cell)).strip()
     short = is_export(cell) and re.match(r'(?:@.*\n)*(?:def|class) ', code) and code.count('\n') < FITS
     if short or 'slide' in cell['metadata'].get('tags', []): found.append(slide(coloured(code), before))
@@ -102,7 +113,7 @@ def sections(chapter: Chapter) -> list[list[str]]: # the slides of each section
     return found
 
 
-# the pages ---------------------------------------------------------------------------------------------------------------
+# the pages -----------------------------------------------------------------------------------------------------------
 def deck(chapter: Chapter) -> str: # HTML
     slides = '\n'.join(f'<section>{"".join(group)}</section>' for group in sections(chapter))
     return PAGE.format(title=html.escape(chapter.title), slides=slides, mathjax=json.dumps(MATHJAX))

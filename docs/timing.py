@@ -1,6 +1,6 @@
-"""How long notebooks run: `python docs/timing.py 01_schedules evidence/fig7 …` runs copies and notes the seconds in times.json.
+"""How long notebooks run: `python docs/timing.py 01_schedules evidence/fig7 …` notes their seconds in times.json.
 
-Processor seconds of one thread are counted, because other work on a machine lengthens the seconds on the clock, but not these."""
+Processor seconds of one thread are counted, since other work on a machine lengthens the seconds on the clock alone."""
 import json, os, platform, sys, tempfile
 from pathlib import Path
 
@@ -28,8 +28,10 @@ def seconds(path: Path = TIMES) -> dict[str, float]: # notebook -> processor sec
 def note(found: dict[str, float], path: Path = TIMES) -> None:
     "Adds measurements to the file, which is written aside and renamed."
     times = {name: round(value, 1) for name, value in sorted((seconds(path) | found).items())}
-    text = json.dumps({'machine': f'{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS=1', 'processor_seconds': times}, indent=1)
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False, encoding='utf-8') as file: file.write(text + '\n')
+    machine = f'{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS=1'
+    text = json.dumps({'machine': machine, 'processor_seconds': times}, indent=1)
+    with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False, encoding='utf-8') as file:
+        file.write(text + '\n')
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
 

@@ -163,13 +163,13 @@ def test_every_deck_of_the_course_has_slides_and_loads_nothing_from_elsewhere():
 
 
 def test_plans_end_when_they_say_and_their_notebooks_run_within_their_part():
-    assert [sum(block.minutes for block in plan) for plan in teaching.PLANS.values()] == [210, 465]
+    assert [sum(block.minutes for block in plan) for plan in teaching.plans().values()] == [210, 465]
     times = timing.seconds()
-    for block in teaching.ONE_DAY + teaching.HALF_DAY:
+    for block in sum(teaching.plans().values(), []):
         assert not block.runs or (ROOT/f'nbs/{block.runs}.ipynb').is_file(), block.title
         assert times.get(block.runs, 0) < 60*block.minutes, block.title
-    assert teaching.table(teaching.HALF_DAY, {'index': 41., '04_toy': 150.}).splitlines()[-1].startswith('| 12:30 |')
-    assert '| 41 s |' in teaching.table(teaching.HALF_DAY, {'index': 41.}) and teaching.lasts(150) == '2 min'
+    assert teaching.table(teaching.plans()['half-day'], {'index': 41., '04_toy': 150.}).splitlines()[-1].startswith('| 12:30 |')
+    assert '| 41 s |' in teaching.table(teaching.plans()['half-day'], {'index': 41.}) and teaching.lasts(150) == '2 min'
 
 
 def test_the_guide_is_complete_and_its_links_lead_somewhere():

@@ -1,5 +1,5 @@
 "What the browser tests share: Debian's Chromium, a server for a folder, and what a page must not do."
-import functools, importlib.util, json, shutil, sys, threading
+import functools, importlib.util, shutil, subprocess, sys, threading, time
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +40,6 @@ def served(folder):
 def site():
     "The folder of the site, built by the one command; what has not changed since the last build is kept."
     if importlib.util.find_spec('myst_nb') is None: pytest.skip("Sphinx is missing: pip install -c constraints.txt -e '.[dev]'")
-    import subprocess
     done = subprocess.run([sys.executable, ROOT/'docs/make.py'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return ROOT/'_docs', done.stderr
@@ -56,7 +55,6 @@ class Watched:
         self.page.on('response', lambda r: r.status >= 400 and self.complaints.append(f'{r.status} {r.url}'))
         self.page.on('request', lambda r: r.url.startswith(local) or self.outside.append(r.url))
 
-    def clean(self): return {'complaints': self.complaints, 'outside': self.outside} == {'complaints': [], 'outside': []}
 
 
 @pytest.fixture
@@ -66,11 +64,31 @@ def opened(browser):
     def open_page(address, path='', width=1440, scheme='light'):
         context = browser.new_context(viewport={'width': width, 'height': 900}, color_scheme=scheme)
         contexts.append(context)
+        context.set_default_timeout(120_000) # machines that test are busy
         watched = Watched(context, address)
         watched.page.goto(f'{address}/{path}', wait_until='load')
         return watched
     yield open_page
     for context in contexts: context.close()
+
+
+def until(true, seconds):
+    "Waits until something is true, and fails where it does not become so."
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f'waited for {seconds} s'
+        time.sleep(.2)
+
+
+def draw_line(page, canvas):
+    "One stroke with the mouse, from left to right."
+    canvas.scroll_into_view_if_needed()
+    place = canvas.bounding_box()
+    at = lambda x, y: (place['x'] + place['width']*x, place['y'] + place['height']*y)
+    page.mouse.move(*at(.1, .35))
+    page.mouse.down()
+    page.mouse.move(*at(.9, .35), steps=8)
+    page.mouse.up()
 
 
 def too_wide(page):
