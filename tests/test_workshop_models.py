@@ -5,10 +5,10 @@ from torch import nn
 
 from pixart_delta_nb.workshop.blanks import blanks
 from pixart_delta_nb.workshop.checks import check, exercises
-from pixart_delta_nb.workshop import controlnet, data, int8, lcd, lora, sampling, transformer
+from pixart_delta_nb.workshop import blocks, controlnet, data, int8, lcd, lora, sampling, transformer
 
 MINE = [e for e in exercises() if 23 <= e.number <= 48]
-PAGES = ('05_data', '06_transformer', '08_lcd', '09_sampling', '10_lora', '11_controlnet', '12_int8')
+PAGES = ('05_data', '06_transformer', '06a_blocks', '08_lcd', '09_sampling', '10_lora', '11_controlnet', '12_int8')
 pytestmark = pytest.mark.usefixtures('one_thread')
 each = pytest.mark.parametrize('exercise', MINE, ids=lambda e: f'{e.number}-{e.name}')
 
@@ -54,7 +54,7 @@ def test_padding_may_be_hidden_by_minus_infinity():
     def read_caption(q, k, v, mask):
         scores = q @ k.mT/q.shape[-1]**.5
         return scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(-1) @ v
-    assert check(transformer.READ_CAPTION, read_caption)
+    assert check(blocks.READ_CAPTION, read_caption)
 
 
 def test_a_skip_may_be_added_behind_a_block():
@@ -91,9 +91,17 @@ def test_a_gradient_into_the_target_is_found_although_the_loss_is_right():
     assert 'frozen network' in check(lcd.LOSS, distillation_loss).words
 
 
-def test_latents_that_remember_their_making_are_answered():
-    def latents_of(vae, pictures, scaling_factor): return vae.encode(pictures/127.5 - 1).latent_dist.mode()
+def test_latents_that_remember_their_making_are_answered_although_they_are_right():
+    def latents_of(vae, pictures, scaling_factor): return vae.encode(pictures/127.5 - 1).latent_dist.mode()*scaling_factor
     assert 'no_grad' in check(data.LATENTS_OF, latents_of).words
+
+
+def test_merging_twice_is_noticed():
+    class InPlace(lora.LowRank):
+        def merged(self):
+            self.model['to_q'].weight.data += self.B @ self.A*self.model['to_q'].lora.scale
+            return self.model['to_q'].weight
+    assert 'merged' in check(lora.LOW_RANK, InPlace).words
 
 
 # predictions ----------------------------------------------------------------------------------------------------
@@ -105,8 +113,18 @@ def test_the_mistakes_about_memory_start_from_the_counted_peaks():
 
 
 def test_shapes_rows_and_moves_are_those_that_the_mistakes_start_from():
-    assert transformer.xl_shapes() == transformer._RIGHT
+    assert blocks.xl_shapes() == blocks._RIGHT
     assert sampling.rows_asked() == sampling._ASKED and controlnet.first_moves() == controlnet._MOVES
+
+
+@pytest.mark.parametrize('exercise', [e for e in MINE if e.predicts and isinstance(e.solution(), dict)], ids=lambda e: e.name)
+def test_two_wrong_parts_of_a_prediction_still_get_words(exercise):
+    right = exercise.solution()
+    wrong = [w for w in exercise.mistakes.values() if sum(w[k] != right[k] for k in right) < len(right)]
+    for mistake in wrong[:3]:
+        parts = [k for k in right if mistake[k] != pytest.approx(right[k], rel=.02)]
+        answer = {k: mistake[k] if k in parts else tuple(2*n for n in v) if isinstance(v, tuple) else 3*v + 5 for k, v in right.items()}
+        assert any(words in check(exercise, answer).words for words in exercise.mistakes)
 
 
 def test_the_adapter_of_a_block_is_the_formula():

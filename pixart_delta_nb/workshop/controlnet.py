@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CONTROLLED', 'MOVES', 'UNET_PAIRS', 'controlled', 'first_moves', 'unet_pairs']
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #b5da6abf
+# %% ../../nbs/workshop/11_controlnet.ipynb #a29c4b74
 from functools import cache, partial
 import torch
 from torch import Tensor, nn
 from ..controlnet import ControlNetTransformer
 from ..transformer import PixArtTransformer, TransformerConfig
 from .checks import Case, Exercise
+from .data import by_parts
 from .lcd import random_rows, tiny_network
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #740a487e
+# %% ../../nbs/workshop/11_controlnet.ipynb #2af64567
 def controlled(
     blocks: list, # L functions of tokens, frozen
     copies: list, # N functions of tokens, N < L
@@ -31,20 +32,31 @@ def controlled(
     for i, block in enumerate(blocks): x = block(x + skips[i] if i in skips else x)
     return x
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #939807ac
-def _controlled(feeds=lambda i, L: i + 1, chain=True, read=lambda x, c: x + c, base=lambda x, c: x, zeros=True):
+# %% ../../nbs/workshop/11_controlnet.ipynb #c1023e0a
+def _controlled(feeds=lambda i, L: i + 1, read=lambda x, c: x + c, base=lambda x, c: x, zeros=True,
+                on=lambda h, skip, start: h):
     "The wiring with one thing done otherwise."
     def controlled(blocks, copies, zero_in, zero_out, x, c):
         h, skips, start = read(x, zero_in(c)), {}, read(x, zero_in(c))
         for i, (copied, zero) in enumerate(zip(copies, zero_out)):
-            h = copied(h if chain else start)
-            skips[feeds(i, len(blocks))] = zero(h) if zeros else h
+            h = copied(h)
+            skip = skips[feeds(i, len(blocks))] = zero(h) if zeros else h
+            h = on(h, skip, start)
         x = base(x, zero_in(c))
         for i, block in enumerate(blocks): x = block(x + skips.get(i, 0))
         return x
     return controlled
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #08f3f27b
+# %% ../../nbs/workshop/11_controlnet.ipynb #2dbdd675
+def _as_released(blocks, copies, zero_in, zero_out, x, c): # block 0 stays unpaired, and copy 0 reads its answer
+    x = blocks[0](x)
+    h = x + zero_in(c)
+    for i, block in enumerate(blocks[1:]):
+        if i < len(copies): h = copies[i](h)
+        x = block(x + zero_out[i](h) if i < len(copies) else x)
+    return x
+
+# %% ../../nbs/workshop/11_controlnet.ipynb #8a27665e
 def _bases(g):
     "A base of random blocks, wired by the package's `ControlNetTransformer`."
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
@@ -67,7 +79,7 @@ def _bases(g):
 
 def _applied(block, args, x): return block(x, *args)
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #93b4bc54
+# %% ../../nbs/workshop/11_controlnet.ipynb #8926ff19
 CONTROLLED = Exercise(
     43, 'wire a ControlNet', 'A frozen base, copies of its blocks, and zero layers.', controlled, {
         'You gave the answer of copy i to block i; it is added to the input of the block after it, i + 1.':
@@ -75,16 +87,21 @@ CONTROLLED = Exercise(
         'You paired the copies with the last blocks, as ControlNet-UNet does; copy i feeds block i + 1.':
             _controlled(feeds=lambda i, L: L - 1 - i),
         'Every copy of yours reads the start; each copy reads the answer of the copy before it.':
-            _controlled(chain=False),
+            _controlled(on=lambda h, skip, start: start),
+        'Your next copy reads what left the zero layer; it reads the copy’s own answer, or nothing would come at '
+        'first.':
+            _controlled(on=lambda h, skip, start: skip),
         'Your copies see the condition alone; they read x plus the condition, or they would not know the picture.':
             _controlled(read=lambda x, c: c),
+        'You ran block 0 first and gave its answer to copy 0; that is the released code (disagreement 12), the report '
+        'has the copy read x.': _as_released,
         'You added the condition to the base as well; it enters the copies alone, as the base stays as it was trained.':
             _controlled(base=lambda x, c: x + c),
         'You left out the zero layers behind the copies, so the first step harms the picture.':
             _controlled(zeros=False)},
     'Run the copies first, and keep zero_out[i](h) in a dictionary under the index of the block that it feeds.', _bases)
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #ef0d9811
+# %% ../../nbs/workshop/11_controlnet.ipynb #692930f2
 def first_moves() -> dict: # part -> step, 0 for never
     "Counted in two steps of gradient descent on a ControlNet of random weights."
     net, rows = ControlNetTransformer(tiny_network(0), 1).double(), random_rows(torch.Generator().manual_seed(0))
@@ -100,28 +117,30 @@ def first_moves() -> dict: # part -> step, 0 for never
             for p in net.adapter.parameters(): p -= 1e-3*p.grad
     return {name: found.get(name, 0) for name in parts}
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #211699c2
+# %% ../../nbs/workshop/11_controlnet.ipynb #09ff17bd
 _MOVES = {'zero_out': 1, 'copies': 2, 'zero_in': 2, 'base': 0}
 
-MOVES = Exercise(
-    44, 'what moves first', 'The first training step at which each part gets a gradient; 0 for never.', first_moves, {
-        'You took zero_out for stuck; a zero layer gets the gradient g hᵀ, and what it is fed is not zero.':
-            _MOVES | {'zero_out': 0},
-        'You let the copies learn at once; their gradient passes through Zᵀ, and Z is still zero at the first step.':
-            _MOVES | {'copies': 1},
-        'You let zero_in learn at once; it lies before the copies, and waits with them for the layer behind.':
-            _MOVES | {'zero_in': 1},
-        'You took zero_in for stuck between two zeros; x enters the copy beside Z c, so h is not zero.':
-            _MOVES | {'zero_in': 0},
-        'You let all parts start together; the gate opens from the output inwards.':
-            {'zero_out': 1, 'copies': 1, 'zero_in': 1, 'base': 0},
-        'You let zero_in wait for the copies; they are not zero, so what reaches them reaches it as well.':
-            _MOVES | {'zero_in': 3},
-        'You let the base learn; it is frozen, and its weights ask for no gradient at any step.': _MOVES | {'base': 1}},
-    'Go through the chain from the output: which factors of the gradient are zero at step 1, and which at step 2?',
-    name='moves')
+_WRONG_MOVES = {
+    'You let all parts start together; the gate opens from the output inwards.':
+        {'zero_out': 1, 'copies': 1, 'zero_in': 1, 'base': 0},
+    'You took zero_out for stuck; a zero layer gets the gradient g hᵀ, and what it is fed is not zero.':
+        _MOVES | {'zero_out': 0},
+    'You let the copies learn at once; their gradient passes through Zᵀ, and Z is still zero at the first step.':
+        _MOVES | {'copies': 1},
+    'You let zero_in learn at once; it lies before the copies, and waits with them for the layer behind.':
+        _MOVES | {'zero_in': 1},
+    'You took zero_in for stuck between two zeros; x enters the copy beside Z c, so h is not zero.':
+        _MOVES | {'zero_in': 0},
+    'You let zero_in wait for the copies; they are not zero, so what reaches them reaches it as well.':
+        _MOVES | {'zero_in': 3},
+    'You let the base learn; it is frozen, and its weights ask for no gradient at any step.': _MOVES | {'base': 1}}
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #65f487fc
+MOVES = Exercise(
+    44, 'what moves first', 'The first training step at which each part gets a gradient; 0 for never.', first_moves,
+    _WRONG_MOVES, 'Go through the chain from the output: which factors of the gradient are zero at step 1?',
+    name='moves', explain=by_parts(_WRONG_MOVES))
+
+# %% ../../nbs/workshop/11_controlnet.ipynb #8924998e
 @cache
 def unet_pairs(
     depth: int, # blocks of the base, even
@@ -131,14 +150,15 @@ def unet_pairs(
     net = ControlNetTransformer(base, depth//2, wiring='unet')
     return [(i, net.feeds(i)) for i in range(net.num_copies)]
 
-# %% ../../nbs/workshop/11_controlnet.ipynb #f62cbccc
+# %% ../../nbs/workshop/11_controlnet.ipynb #9fdc90f2
 def _depths(g):
     return [Case(f'{depth} blocks', (depth,), tuple(unet_pairs(depth))) for depth in (4, 6, 28)]
 
 def _listed(answer, depth):
     "The answer's pairs as tuples, which are compared one by one."
     pairs = answer(depth)
-    return tuple(map(tuple, pairs)) if isinstance(pairs, (list, tuple)) else pairs
+    whole = isinstance(pairs, (list, tuple)) and all(isinstance(p, (list, tuple)) for p in pairs)
+    return tuple(map(tuple, pairs)) if whole else pairs
 
 UNET_PAIRS = Exercise(
     45, 'skips without skips', 'Which block each copy feeds in ControlNet-UNet.', unet_pairs, {

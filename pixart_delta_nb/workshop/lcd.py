@@ -6,7 +6,7 @@
 __all__ = ['GUIDED', 'LOSS', 'OMEGA_ENTRANCE', 'tiny_network', 'random_rows', 'Counted', 'distillation_loss', 'OmegaEntrance',
            'made_module', 'answered']
 
-# %% ../../nbs/workshop/08_lcd.ipynb #fbdc3dac
+# %% ../../nbs/workshop/08_lcd.ipynb #f55ef08e
 import copy
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,15 @@ from ..transformer import PixArtTransformer, TransformerConfig, sinusoid
 from .checks import Case, Exercise
 from .differences import kind_of
 
-# %% ../../nbs/workshop/08_lcd.ipynb #e0f011ac
+# %% ../../nbs/workshop/08_lcd.ipynb #4da4b195
 def tiny_network(
     seed: int, # of its weights
-    width: int = 4, # channels a head, of two
-) -> PixArtTransformer: # two blocks, in double precision
+    depth: int = 2, # blocks
+) -> PixArtTransformer: # in double precision
     "A transformer with random weights that reads latents of 4 x 4 x 4 and captions of six channels."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = TransformerConfig(num_attention_heads=2, attention_head_dim=width, num_layers=2, sample_size=4,
+        config = TransformerConfig(num_attention_heads=2, attention_head_dim=4, num_layers=depth, sample_size=4,
                                    caption_channels=6)
         return PixArtTransformer(config).double()
 
@@ -43,7 +43,7 @@ def random_rows(
     mask[0, -1] = 0
     return Batch(draw(rows, 4, 4, 4), draw(rows, words, 6), mask, draw(1, words, 6), torch.ones(1, words))
 
-# %% ../../nbs/workshop/08_lcd.ipynb #bbd248ce
+# %% ../../nbs/workshop/08_lcd.ipynb #9ea6cdee
 class Counted:
     "A network that notes how many rows each call had."
     def __init__(self, network):
@@ -66,13 +66,12 @@ def _calls(answer, outcome, expected):
     if outcome['calls'] != expected['calls']:
         return 'Your one call must hold each image twice, with its caption and without.'
 
-# %% ../../nbs/workshop/08_lcd.ipynb #f3915c83
-def _guided(combine=lambda c, n, w: (1 + w)*c - w*n, own_mask=True, swapped=False):
+# %% ../../nbs/workshop/08_lcd.ipynb #4a23a783
+def _guided(combine=lambda c, n, w: (1 + w)*c - w*n, masks=lambda own, m: own, swapped=False, channels=slice(4)):
     "`guided` with one thing done otherwise."
     def guided(network, x, t, caption, mask, null, null_mask, omega):
-        words, masks = pair_with_null(caption, mask, null, null_mask)
-        if not own_mask: masks = torch.cat([mask, mask])
-        first, second = network(torch.cat([x, x]), torch.cat([t, t]), words, masks)[:, :x.shape[1]].chunk(2)
+        words, own = pair_with_null(caption, mask, null, null_mask)
+        first, second = network(torch.cat([x, x]), torch.cat([t, t]), words, masks(own, mask))[:, channels].chunk(2)
         return combine(*((second, first) if swapped else (first, second)), omega)
     return guided
 
@@ -82,11 +81,11 @@ def _twice(network, x, t, caption, mask, null, null_mask, omega):
                              ((caption, mask), (null.expand(*rows), null_mask.expand(*rows[:2]))))
     return with_caption + omega*(with_caption - without)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #e98de0f9
+# %% ../../nbs/workshop/08_lcd.ipynb #e12f5a0e
 def _requests(g):
     def case(rows, omega):
         b = random_rows(g, rows)
-        args = tiny_network(rows), b.z, torch.arange(19, 1000, 980//rows)[:rows], *b[1:5], omega
+        args = tiny_network(rows, 1), b.z, torch.arange(19, 1000, 980//rows)[:rows], *b[1:5], omega
         return Case(f'{rows} images, ω = {omega}', args, _counted(guided_eps, *args))
     return [case(2, 3.5), case(3, 1.)]
 
@@ -97,14 +96,17 @@ GUIDED = Exercise(
         'You added ω ε∅; guidance leads away from the empty caption, so its sign is minus.':
             _guided(lambda c, n, w: (1 + w)*c + w*n),
         'Your halves are swapped: the prediction leads away from the caption.': _guided(swapped=True),
-        'You gave the empty caption the mask of the caption; it has its own, or the answer depends on how long the '
-        'caption is (disagreement 8).': _guided(own_mask=False),
+        'You gave the empty caption the mask of the caption; with its own, the answer does not depend on the length of '
+        'the caption (disagreement 8).': _guided(masks=lambda own, m: torch.cat([m, m])),
+        'You passed no mask, so the padding of the shorter caption is read.': _guided(masks=lambda own, m: None),
+        'You took the second half of the channels, which is the variance; the noise comes first.':
+            _guided(channels=slice(4, 8)),
         'You returned the captioned prediction without any guidance.': _guided(lambda c, n, w: c),
         'You called the network more than once; stack caption and empty caption.': _twice},
     'torch.cat([x, x]), torch.cat([t, t]), the captions above null.expand_as(caption); then chunk(2) of the answer.',
     _requests, name='guided', judge=_counted, explain=_calls)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #94cd80fd
+# %% ../../nbs/workshop/08_lcd.ipynb #22271ffe
 def distillation_loss(
     student, # f_θ's network
     target, # f_θ⁻'s network
@@ -119,21 +121,21 @@ def distillation_loss(
     "The loss of Algorithm 1, by the package's `lcd_step`."
     return lcd_step(student, target, teacher, batch, alpha_bar, omega, k, n=(t + 1)//k - 1, noise=noise)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #322df0ae
-def _loss(same_time=False, guidance=lambda w: w, own_target=False, clean=False, frozen=True, student_frozen=False):
+# %% ../../nbs/workshop/08_lcd.ipynb #6fb30b03
+def _loss(goal=lambda f, nets, z, t, s: f(nets[1], z, s), guidance=lambda w: w, clean=False, late=False, leaks=False,
+          frozen=False):
     "The loss with one thing done otherwise."
     def distillation_loss(student, target, teacher, batch, noise, t, alpha_bar, omega, k):
         def f(network, x, t):
-            eps = predict_eps(network, x, t, batch.caption, batch.mask)
-            return consistency_function(x, eps, t, alpha_bar)
+            return consistency_function(x, predict_eps(network, x, t, batch.caption, batch.mask), t, alpha_bar)
         s = (t - k).clamp_min(0)
         ab_t, ab_s = at(alpha_bar, t, batch.z), at(alpha_bar, s, batch.z)
         x = add_noise(batch.z, noise, ab_t)
-        with torch.set_grad_enabled(not frozen):
-            eps = guided_eps(teacher, x, t, *batch[1:5], guidance(omega))
+        with torch.set_grad_enabled(leaks):
+            eps = guided_eps(teacher, x, s if late else t, *batch[1:5], guidance(omega))
             z = add_noise(batch.z, noise, ab_s) if clean else ddim_step(x, eps, ab_t, ab_s)
-            goal = f(student if own_target else target, z, t if same_time else s)
-        with torch.set_grad_enabled(not student_frozen): return pseudo_huber(f(student, x, t), goal)
+            aim = goal(f, (student, target, teacher, batch.z), z, t, s)
+        with torch.set_grad_enabled(not frozen): return pseudo_huber(f(student, x, t), aim)
     return distillation_loss
 
 def _trained(answer, student, target, teacher, *args):
@@ -144,7 +146,7 @@ def _trained(answer, student, target, teacher, *args):
     moved = [name for name, net in named.items() if any(p.grad is not None and p.grad.any() for p in net.parameters())]
     return {'loss': loss.detach() if isinstance(loss, Tensor) else loss, 'gradient': ' and '.join(moved) or 'none'}
 
-# %% ../../nbs/workshop/08_lcd.ipynb #99abf599
+# %% ../../nbs/workshop/08_lcd.ipynb #fd7fb228
 def _leaks(answer, outcome, expected):
     "Words for a gradient that reaches the wrong networks."
     if not isinstance(outcome['loss'], Tensor): return None
@@ -158,32 +160,37 @@ def _trios(g):
     def case(times, omega):
         batch = random_rows(g, len(times))
         noise = torch.randn(batch.z.shape, generator=g, dtype=torch.float64)
-        args = *map(tiny_network, (1, 2, 3)), batch, noise, torch.tensor(times), table, omega, 20
+        args = *(tiny_network(seed, 1) for seed in (1, 2, 3)), batch, noise, torch.tensor(times), table, omega, 20
         return Case(f't = {times}, ω = {omega}, k = 20', args, _trained(distillation_loss, *copy.deepcopy(args)))
     return [case([259, 999], 3.5), case([19, 499, 759], 1.)]
 
-# %% ../../nbs/workshop/08_lcd.ipynb #2ef35679
+# %% ../../nbs/workshop/08_lcd.ipynb #e8d6da4e
 LOSS = Exercise(
-    33, 'the loss of Algorithm 1', 'Student against target, one guided step of the teacher apart.',
-    distillation_loss, {
+    33, 'the loss of Algorithm 1', 'Student against target, one guided step apart.', distillation_loss, {
         'Your target is asked at the time of the student; after the solver’s step the latents are at t - k.':
-            _loss(same_time=True),
+            _loss(lambda f, nets, z, t, s: f(nets[1], z, t)),
         'Your teacher is not guided, so the student learns pictures without guidance.': _loss(guidance=lambda w: 0*w),
         'You passed ω - 1, as if ω were a pipeline’s scale s; guided_eps takes the ω of Algorithm 1 itself.':
             _loss(guidance=lambda w: w - 1),
         'Your goal comes from the student itself; Algorithm 1 asks the target, a slow average of it.':
-            _loss(own_target=True),
+            _loss(lambda f, nets, z, t, s: f(nets[0], z, s)),
+        'Your goal comes from the teacher; it walks the step, and the target says where that leads.':
+            _loss(lambda f, nets, z, t, s: f(nets[2], z, s)),
+        'Your goal is the solver’s point itself; the target has to say where the path through it ends.':
+            _loss(lambda f, nets, z, t, s: z),
+        'Your goal is the picture; then the student learns averages, as a denoiser does.':
+            _loss(lambda f, nets, z, t, s: nets[3]),
+        'Your teacher is asked at t - k; it predicts the noise where the step begins, at t.': _loss(late=True),
         'You made the latents at t - k by adding less noise to the picture; then the teacher has no part in the loss.':
             _loss(clean=True),
         'Your gradient reaches a frozen network; all but the answer of the student belongs under no_grad().':
-            _loss(frozen=False),
+            _loss(leaks=True),
         'Your loss has no gradient at all; the answer of the student must stay outside torch.no_grad().':
-            _loss(student_frozen=True)},
-    'In this order: t_n, both ᾱ by at(alpha_bar, t, z), noisy latents; under no_grad the guided step and the goal; '
-    'the loss.',
+            _loss(frozen=True)},
+    'Make the noisy latents first; under no_grad the guided step and the goal; then the loss.',
     _trios, judge=_trained, explain=_leaks)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #2a409657
+# %% ../../nbs/workshop/08_lcd.ipynb #17c4a76e
 class OmegaEntrance(nn.Module):
     "The entrance of LCM's guidance embedding, as in `transformer.ConditionEmbedding`."
     def __init__(self,
@@ -196,6 +203,7 @@ class OmegaEntrance(nn.Module):
     def forward(self, e, omega): # (B, width), (B,)
         return e + self.proj(sinusoid(omega*1000, self.proj.in_features).to(e))
 
+# %% ../../nbs/workshop/08_lcd.ipynb #14a96f52
 class _Random(OmegaEntrance):
     def __init__(self, dim, width):
         super().__init__(dim, width)
@@ -207,10 +215,15 @@ class _Unscaled(OmegaEntrance):
 class _Shut(OmegaEntrance):
     def forward(self, e, omega): return e + 0*super().forward(e, omega)
 
+class _Biased(OmegaEntrance):
+    def __init__(self, dim, width):
+        super().__init__(dim, width)
+        self.proj.bias = nn.Parameter(torch.zeros(width))
+
 class _Taking(OmegaEntrance):
     def forward(self, e, omega): return 2*e - super().forward(e, omega)
 
-# %% ../../nbs/workshop/08_lcd.ipynb #9b518b67
+# %% ../../nbs/workshop/08_lcd.ipynb #e8c13082
 def made_module(
     answer, # a class of the learner's
     *args, # of its making
@@ -230,21 +243,24 @@ def answered(
     require(isinstance(out, Tensor), lambda: f'forward gave {kind_of(out)}, but a tensor is needed: return the result')
     return out
 
-# %% ../../nbs/workshop/08_lcd.ipynb #965b91a6
+# %% ../../nbs/workshop/08_lcd.ipynb #eede8696
 def _entered(answer, dim, width, e, omega, weight):
     "What the entrance says before training, whether it can learn, and what it says with given weights."
     module, e = made_module(answer, dim, width).double(), e.requires_grad_()
+    require(isinstance(getattr(module, 'proj', None), nn.Linear), 'the layer is to be an nn.Linear named proj')
     start = answered(module, e, omega)
     (start*torch.arange(1, width + 1)).sum().backward()
     learns = module.proj.weight.grad is not None and bool(module.proj.weight.grad.any())
     with torch.no_grad():
         module.proj.weight.copy_(weight)
-        return {'at the start': start.detach(), 'learns': learns, 'with given weights': module(e, omega)}
+        return {'at the start': start.detach(), 'learns': learns, 'has a bias': module.proj.bias is not None,
+                'with given weights': module(e, omega)}
 
 def _entrance_told(answer, outcome, expected):
     "Words for an entrance that harms the start or cannot learn."
     start = (outcome['at the start'] - expected['at the start']).abs().max()
     if start > 1e-9: return 'Before any training your answer differs from e; the student must start as the teacher.'
+    if outcome['has a bias']: return 'Your layer has a bias, which would answer whatever ω says; pass bias=False.'
     if not outcome['learns']: return 'Your layer gets no gradient, so it would stay at zero for ever.'
 
 def _strengths(g):
@@ -254,13 +270,14 @@ def _strengths(g):
         return Case(f'ω = {omega}, {dim} waves, width {width}', args, _entered(OmegaEntrance, *copy.deepcopy(args)))
     return [case([3.5, 4.5], 8, 6), case([0., 2., 7.5], 16, 4)]
 
-# %% ../../nbs/workshop/08_lcd.ipynb #ea4c9888
+# %% ../../nbs/workshop/08_lcd.ipynb #6932a1fd
 OMEGA_ENTRANCE = Exercise(
     34, 'an entrance that starts at zero', 'A module that tells the time embedding of ω.', OmegaEntrance, {
         'Before any training your answer differs from e; the student must start as the teacher.': _Random,
         'Your waves are those of ω itself; they were laid out for numbers up to a thousand, so embed 1000 ω.':
             _Unscaled,
         'Your layer gets no gradient, so it would stay at zero for ever.': _Shut,
+        'Your layer has a bias, which would answer whatever ω says; pass bias=False.': _Biased,
         'You subtracted what the layer says; it is added to e.': _Taking},
     'nn.Linear(dim, width, bias=False), nn.init.zeros_ of its weight, and in forward e + self.proj(sinusoid(...)).',
     _strengths, judge=_entered, explain=_entrance_told)

@@ -6,7 +6,7 @@
 __all__ = ['STUDENT_TIMES', 'DRAW_PICTURES', 'KEPT', 'ASKED', 'SPEED_UP', 'HALF', 'draw_pictures', 'kept_amplitude', 'rows_asked',
            'half_gain']
 
-# %% ../../nbs/workshop/09_sampling.ipynb #14997bdf
+# %% ../../nbs/workshop/09_sampling.ipynb #194438e9
 from functools import cache
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from ..sampling import (CountedNetwork, initial_latents, make_generators, sample
                                       sample_teacher)
 from ..schedules import add_noise, alpha_bar_from_betas, linear_betas
 from .checks import Case, Exercise
+from .data import by_parts
 from .lcd import random_rows, tiny_network
 
-# %% ../../nbs/workshop/09_sampling.ipynb #ebdd0293
+# %% ../../nbs/workshop/09_sampling.ipynb #509700d5
 def _asked(g):
     return [Case(f'{steps} steps, k = {k}, T = {T}', (steps, k, T))
             for steps, k, T in ((4, 20, 1000), (1, 20, 1000), (3, 20, 1000), (6, 10, 500))]
@@ -32,19 +33,23 @@ def _even(steps, k, T): return (T - 1 - torch.arange(steps)*(T//steps)).long()
 def _to_zero(steps, k, T): return torch.linspace(T - 1, 0, steps).long()
 def _shifted(steps, k, T): return lcm_timesteps(steps, k, T) - k + 1
 def _first(steps, k, T): return T - 1 - k*torch.arange(steps)
+def _unturned(steps, k, T): return torch.arange(k - 1, T, k)[torch.arange(steps)*(T//k)//steps]
+def _nearest(steps, k, T): return torch.arange(T - 1, 0, -k)[(torch.arange(steps)*(T//k)/steps).round().long()]
 
 STUDENT_TIMES = Exercise(
     35, 'the times of a student', 'Points of the training grid, spread evenly from its noisy end.', lcm_timesteps, {
         'These are the times of the code released with the report, which takes every (G // steps)-th point '
         '(disagreement 5); here the numbers are i·G/steps, rounded down.': released_timesteps,
         'Your times rise; sampling begins with the most noise.': _rising,
+        'You did not turn the grid round before you took its points.': _unturned,
+        'You rounded i·G/steps to the nearest number; it is rounded down.': _nearest,
         'Your times are evenly spread over all T steps and miss the grid; the student was never asked at them.': _even,
         'Your times end at 0, where nothing is left to predict; the last jump starts at a noisy time.': _to_zero,
         'Your grid begins at 0, 20, 40 …; it holds the last step of each stretch, k - 1, 2k - 1, … T - 1.': _shifted,
         'You took the first points of the grid one after the other; they must spread over all of it.': _first},
     'grid = torch.arange(k - 1, T, k).flip(0); then index it.', _asked, name='student_times')
 
-# %% ../../nbs/workshop/09_sampling.ipynb #298a3e25
+# %% ../../nbs/workshop/09_sampling.ipynb #9beca53f
 def draw_pictures(
     network, # (x, t) -> noise
     seeds: list, # (B,) one a picture
@@ -57,26 +62,27 @@ def draw_pictures(
     f = lambda x, t: consistency_function(x, network(x, t), t, alpha_bar)
     return multistep_consistency_sample(f, initial_latents(generators, shape), times, alpha_bar, generators)
 
-# %% ../../nbs/workshop/09_sampling.ipynb #b026a9cc
+# %% ../../nbs/workshop/09_sampling.ipynb #00b2a240
 def _draws(seeds, shape, shared, again):
     "A function that draws noise for all pictures: from their own generators, from one, or anew from the start."
     make = lambda: [torch.Generator().manual_seed(s) for s in (seeds[:1] if shared else seeds)]
     kept, rows = make(), len(seeds) if shared else 1
     return lambda: torch.cat([torch.randn((rows, *shape), generator=g) for g in (make() if again else kept)])
 
-def _drawn(shared=False, again=False, noise='fresh', level=lambda times, i: times[i], last=False):
+def _drawn(shared=False, again=False, noise='fresh', level=lambda times, i: times[i], last='estimate'):
     "`draw_pictures` with one thing done otherwise."
     def draw_pictures(network, seeds, shape, times, alpha_bar):
         fresh = _draws(seeds, shape, shared, again)
         x = fresh()
         for i, t in enumerate(times):
-            if i: x = add_noise(estimate, {'fresh': fresh, 'old': lambda: eps}[noise](), alpha_bar[level(times, i)])
+            made = {'fresh': fresh, 'old': lambda: eps, 'any': lambda: torch.randn_like(x)}[noise]
+            if i: x = add_noise(estimate, made(), alpha_bar[level(times, i)])
             eps = network(x, torch.full((len(x),), t))
             estimate = (x - (1 - alpha_bar[t])**.5*eps)/alpha_bar[t]**.5
-        return add_noise(estimate, fresh(), alpha_bar[times[-1]]) if last else estimate
+        return {'estimate': estimate, 'x': x, 'noisy': add_noise(estimate, fresh(), alpha_bar[times[-1]])}[last]
     return draw_pictures
 
-# %% ../../nbs/workshop/09_sampling.ipynb #fc0a465e
+# %% ../../nbs/workshop/09_sampling.ipynb #cbe999d8
 def _runs(g):
     table = alpha_bar_from_betas(linear_betas())
     def case(times, seeds, shape):
@@ -86,6 +92,7 @@ def _runs(g):
     return [case([999, 759, 499, 259], [3, 7, 5], (5,)), case([759, 499], [2, 0], (4, 6)),
             case([659, 339], [1, 1, 8], (2,))]
 
+# %% ../../nbs/workshop/09_sampling.ipynb #21e65f1f
 DRAW_PICTURES = Exercise(
     36, 'pictures from their own seeds', 'Few-step sampling with one generator a picture.', draw_pictures, {
         'You drew the whole batch from one generator, so a picture changes with its place in the batch.':
@@ -97,11 +104,14 @@ DRAW_PICTURES = Exercise(
         'You used ᾱ of the time that you come from; the latents must have the noise of the time at which you ask next.':
             _drawn(level=lambda times, i: times[i - 1]),
         'You added noise after the last jump, as the released code does (disagreement 11); return the estimate.':
-            _drawn(last=True)},
+            _drawn(last='noisy'),
+        'You returned the noisy x of the last step; the estimate that was made of it is the picture.': _drawn(last='x'),
+        'Your later noise comes from no generator of yours, so the same seed gives another picture next time.':
+            _drawn(noise='any')},
     'A small function that concatenates one draw of each generator serves for the start and between the jumps.', _runs,
     rtol=1e-3, atol=1e-3)
 
-# %% ../../nbs/workshop/09_sampling.ipynb #cf70befa
+# %% ../../nbs/workshop/09_sampling.ipynb #b2b14201
 def kept_amplitude(
     s: Tensor, # standard deviations of the data, any shape
     steps: int, # evaluations
@@ -110,18 +120,18 @@ def kept_amplitude(
     "Share of the amplitude that an undistilled network keeps in the student's sampler, by `evidence.dial.kept_energy`."
     return kept_energy(s**2, steps, alpha_bar)**.5
 
-def _kept(fresh=1, forgets=False, power=1, root=.5):
+def _kept(fresh=1, forgets=False, power=1, root=.5, gains=2, over=1):
     "The share with one thing done otherwise."
     def kept_amplitude(s, steps, alpha_bar):
         v, s2 = None, s.double()**2
         for t in lcm_timesteps(steps).tolist():
             a2 = alpha_bar[t].item()
             before = 1. if v is None else a2*(s2 if forgets else v) + fresh*(1 - a2)
-            v = (a2**root*s2/(a2*s2 + 1 - a2))**2*before
-        return (v/s2)**(power/2)
+            v = (a2**root*s2/(a2*s2 + 1 - a2))**gains*before
+        return (v/s2**over)**(power/2)
     return kept_amplitude
 
-# %% ../../nbs/workshop/09_sampling.ipynb #dbf5c010
+# %% ../../nbs/workshop/09_sampling.ipynb #87cb93a6
 def _textures(g):
     tables = alpha_bar_from_betas(linear_betas()), alpha_bar_from_betas(linear_betas(500))
     return [Case(f's = {s}, {steps} steps', (torch.tensor(s, dtype=torch.float64), steps, table))
@@ -135,10 +145,12 @@ KEPT = Exercise(
         'You took the data’s own variance before each later jump; what is noised is the last estimate, which has '
         'shrunk already.':
             _kept(forgets=True),
+        'You multiplied the variance by g; a variance is multiplied by g².': _kept(gains=1),
+        'You did not divide by s.': _kept(over=0),
         'You left √ᾱ out of g: the estimate of x₀ from x_t needs it.': _kept(root=0)},
     'Follow one number, the variance v of the estimate: v = g²·(variance of x_t), for each time in turn.', _textures)
 
-# %% ../../nbs/workshop/09_sampling.ipynb #f2d7e754
+# %% ../../nbs/workshop/09_sampling.ipynb #8750f2b0
 @cache
 def rows_asked() -> dict: # name -> rows through the network a picture
     "Rows counted by `CountedNetwork` and `lcd_step` on random weights."
@@ -151,23 +163,26 @@ def rows_asked() -> dict: # name -> rows through the network a picture
     lcd_step(*networks, random_rows(generator), alpha_bar_from_betas(linear_betas()), generator=generator)
     return found | {'training': sum(n.rows for n in networks)//2}
 
-# %% ../../nbs/workshop/09_sampling.ipynb #c24ddb06
+# %% ../../nbs/workshop/09_sampling.ipynb #e04115c5
 _ASKED = {'teacher': 28, 'unguided': 14, 'student': 4, 'training': 4}
 
-ASKED = Exercise(
-    38, 'how often the network is asked', 'Rows through the network for one picture, in four ways.', rows_asked, {
-        'You counted the teacher once a step; guidance asks twice, with the caption and without.':
-            _ASKED | {'teacher': 14},
-        'You guided at a scale of 1, which is ω = 0: the empty caption has no weight, and is not asked.':
-            _ASKED | {'unguided': 28},
-        'You guided the student, whose guidance is in its weights already; it needs one row a step.':
-            _ASKED | {'student': 8},
-        'You counted each network of training once; the teacher is guided, so it is asked twice.':
-            _ASKED | {'training': 3},
-        'You left out target or student: all three networks are asked, the teacher twice.': _ASKED | {'training': 2}},
-    'Count rows, not calls: guidance stacks two rows in one call.', name='asked')
+_WRONG_ASKED = {
+    'You counted the teacher once a step; guidance asks twice, with the caption and without.': _ASKED | {'teacher': 14},
+    'You counted the rows of guidance twice; 14 steps of two rows are 28.': _ASKED | {'teacher': 56},
+    'You guided at a scale of 1, which is ω = 0: the empty caption has no weight, and is not asked.':
+        _ASKED | {'unguided': 28},
+    'You guided the student, whose guidance is in its weights already; it needs one row a step.':
+        _ASKED | {'student': 8},
+    'You counted each network of training once; the teacher is guided, so it is asked twice.':
+        _ASKED | {'training': 3},
+    'You left out target or student: all three networks are asked, the teacher twice.': _ASKED | {'training': 2}}
 
-# %% ../../nbs/workshop/09_sampling.ipynb #51f10a95
+ASKED = Exercise(
+    38, 'how often the network is asked', 'Rows through the network for one picture, in four ways.', rows_asked,
+    _WRONG_ASKED, 'Count rows, not calls: guidance stacks two rows in one call.', name='asked',
+    explain=by_parts(_WRONG_ASKED))
+
+# %% ../../nbs/workshop/09_sampling.ipynb #359abc44
 def _costs(g):
     return [Case(f'C = {C}, V = {V}, steps {steps}', (C, V, steps)) for C, V, steps in
             ((1., 0., (4, 14)), (.17, .1, (4, 14)), (2., 30., (4, 14)), (1., 3., (2, 20)))]
@@ -183,13 +198,17 @@ SPEED_UP = Exercise(
         'You left out the fixed cost: this is the ratio of evaluations alone.': _ratio(fixed=lambda V, n: 0),
         'You counted one row a step of the teacher; guidance needs two.': _ratio(rows=1),
         'You counted two rows for the student as well; its guidance is in its weights.': _ratio(student=2),
+        'You turned the ratio round; the slower one stands above.':
+            lambda C, V, steps: 1/predicted_ratio(C, V, steps),
+        'You doubled the fixed cost of the teacher as well; guidance doubles its evaluations alone.':
+            _ratio(teachers=lambda V: 2*V),
         'You paid the fixed cost at each step; encoding and decoding are done once a picture.':
             _ratio(fixed=lambda V, n: V*n),
         'You gave the fixed cost to the student alone; the teacher encodes and decodes as well.':
             _ratio(teachers=lambda V: 0)},
     'Time of the teacher over time of the student, each its evaluations times C, plus V.', _costs, name='speed_up')
 
-# %% ../../nbs/workshop/09_sampling.ipynb #359c548c
+# %% ../../nbs/workshop/09_sampling.ipynb #55fa50f6
 def half_gain() -> float: # evaluations
     "Fixed cost at which the ratio of 28 to 4 evaluations is halved, by bisection of `predicted_ratio`."
     low, high = 0., 100.
