@@ -111,6 +111,7 @@ def noise_train(
           after=lambda step, steps: ema.update(trained, early_decay(.998, step)), **options)
     return ema.module
 
+# %% ../nbs/07e_teacher.ipynb #940d9d35
 def size_fields(
     config: TransformerConfig # of the network
 ) -> tuple: # names of fields of a batch
@@ -143,6 +144,7 @@ def train_teacher(
     return noise_train(model, model, EMA(model), data, out, steps, is_matrix, {'teacher': start}, size_fields(config),
                        seed=seed, device=device, **options)
 
+# %% ../nbs/07e_teacher.ipynb #8b6a4ff4
 def workshop_config(
     data: LatentDataset # D_z
 ) -> TransformerConfig: # width 192, 14 blocks
