@@ -73,3 +73,11 @@ def test_the_students_scale_can_be_defended():
     best = max(rows, key=lambda r: r['accuracy'])
     assert chosen['intervals']['accuracy'][1] >= best['intervals']['accuracy'][0]
     assert min(rows, key=lambda r: r['frechet_imagenet'])['scale'] <= chosen['scale'] >= max(rows, key=lambda r: r['clip'])['scale']
+
+
+def test_two_wrong_tables_cancel_in_part():
+    assert says('schedule', 'So two wrongs may partly cancel')
+    spread = {(r['distilled'], r['sampled']): r['spread'] for r in stored('schedule')['rows']}
+    off = {pair: abs(value/spread['linear', 'linear'] - 1) for pair, value in spread.items()}
+    assert spread['linear', 'scaled linear'] < spread['linear', 'linear'] < spread['scaled linear', 'linear']
+    assert off['scaled linear', 'scaled linear'] < min(off['linear', 'scaled linear'], off['scaled linear', 'linear'])
