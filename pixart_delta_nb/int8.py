@@ -198,6 +198,7 @@ def _inputs(config, batch_size, tokens=120, dtype=None):
     caption = torch.zeros(batch_size, tokens, config.caption_channels, dtype=dtype)
     return (z, torch.zeros(batch_size, dtype=torch.long), caption, torch.ones(batch_size, tokens)), extra
 
+# %% ../nbs/12_int8.ipynb #255824f3
 def activation_bytes(
     resolution: int = 1024, # pixels a side
     guided: bool = False, # whether the transformer sees caption and null caption together
