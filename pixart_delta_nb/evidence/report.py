@@ -38,7 +38,8 @@ def _figures(stored):
                    + _origin(found['provenance']) for entry, found in stored)
 
 # %% ../../nbs/evidence/report.ipynb #69c14fcc
-STYLE = ('body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}'
+STYLE = ('body{font:16px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}'
+         '.wide{overflow-x:auto}pre,p,small{overflow-wrap:anywhere}'
          'td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}'
          'img{max-width:100%}pre{white-space:pre-wrap}')
 
@@ -64,7 +65,8 @@ def _table(results):
                f"captions; the autoencoder brings these renders back with {renders['psnr']:.2f} dB.")
     told = [tell_quality(results), ceiling, *map(tell_speed, results['speed'])]
     return (f"<p>{results['images']} held-out captions, the same noise for every method; ± half of a 95 % interval.</p>"
-            f"<table>{_row(head, 'th')}{''.join(_row(r, 'td') for r in body)}</table>"
+            '<div class="wide" role="region" aria-label="The main table" tabindex="0">'
+            f"<table>{_row(head, 'th')}{''.join(_row(r, 'td') for r in body)}</table></div>"
             + ''.join(f'<p>{html.escape(text)}</p>' for text in told if text))
 
 # %% ../../nbs/evidence/report.ipynb #12a126f2
@@ -76,7 +78,8 @@ def report_html(
 ) -> str: # a whole page that asks for nothing outside
     "One self-contained page."
     origin = html.escape(json.dumps(results['provenance'], indent=1))
-    return ('<!doctype html><html lang="en"><meta charset="utf-8"><title>pixart_delta_nb</title>'
+    return ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><title>pixart_delta_nb</title>'
             f'<style>{STYLE}</style><h1>Four steps against fourteen</h1>{_table(results)}'
             + ''.join(_picture(fig, title) for title, fig in drawn.items())
             + (f'<h2>What must be reached</h2><pre>{html.escape(marks)}</pre>' if marks else '')
