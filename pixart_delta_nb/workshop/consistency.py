@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'END_OF_PATH', 'CHEAT', 'SHARE', 'DRAW', 'GUIDED', 'honest_map', 'share_with_loss']
 
-# %% ../../nbs/workshop/03_consistency.ipynb #da4beeb1
+# %% ../../nbs/workshop/03_consistency.ipynb #6f2017d6
 import torch
 from torch import Tensor
 from ..consistency import (boundary_scalings, consistency_function, guide, multistep_consistency_sample)
@@ -13,7 +13,7 @@ from ..schedules import (add_noise, alpha_bar_from_betas, at, eps_to_x0, gaussia
                                        linear_betas, skip_grid)
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/03_consistency.ipynb #7486fdb6
+# %% ../../nbs/workshop/03_consistency.ipynb #468d8bba
 def _time_cases(g):
     return [Case('the clean end, t = 0', (torch.tensor([0.]),)),
             Case('times below one step', (torch.tensor([.01, .05, .3]),)),
@@ -38,7 +38,7 @@ WEIGHTS = Exercise(
         lambda t: (_weights()(t)[0], 1 - _weights()(t)[0])},
     'Compute u, then the sum u² + 0.25 that both weights share.', _time_cases, name='weights', atol=1e-7)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #a3b4a200
+# %% ../../nbs/workshop/03_consistency.ipynb #ed185d0a
 def _map_cases(g):
     table, pair = alpha_bar_from_betas(linear_betas()), lambda *shape: torch.randn(2, *shape, generator=g).unbind()
     return [Case('two points at t = 499 and 999', (*pair(2, 1), torch.tensor([499, 999]), table)),
@@ -53,7 +53,7 @@ def _with(combine):
         return combine(x_t, eps_to_x0(x_t, eps, ab), eps, skip, out, ab)
     return end_of_path
 
-# %% ../../nbs/workshop/03_consistency.ipynb #c29e7173
+# %% ../../nbs/workshop/03_consistency.ipynb #51a47a7e
 END_OF_PATH = Exercise(
     12, 'the consistency function', 'The end of a path from noisy data and predicted noise.', consistency_function, {
     'You returned x̂₀ alone, so the boundary condition f(x, 0) = x does not hold.':
@@ -69,7 +69,7 @@ END_OF_PATH = Exercise(
     'Take alpha_bar[t] and the weights, reshape all three to (B, 1, …, 1), and combine.', _map_cases,
     name='end_of_path', rtol=1e-3)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #00f9946e
+# %% ../../nbs/workshop/03_consistency.ipynb #7895d777
 _GRID = torch.tensor([0, *skip_grid().tolist()])
 
 def _on_paths(g):
@@ -90,7 +90,7 @@ def _test_cheat(answer, ends, paths):
     return {'change along a path': size(said - said[0]), 'distance to the end': size(said - ends),
             'change from t = 19 on': size(said[1:] - said[1]), 'distance to the input': size(said - paths)}
 
-# %% ../../nbs/workshop/03_consistency.ipynb #368fbbea
+# %% ../../nbs/workshop/03_consistency.ipynb #f95404e6
 def _is_cheat(found, expected):
     "Consistent, and wrong."
     return found['change along a path'] < 1e-4 and found['distance to the end'] > .1
@@ -111,7 +111,7 @@ def _guess(x, t):
     ab = at(alpha_bar_from_betas(linear_betas()), t, x)
     return eps_to_x0(x, gaussian_eps(x, ab, .5), ab)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #09a8a3b2
+# %% ../../nbs/workshop/03_consistency.ipynb #a15275b8
 CHEAT = Exercise(
     13, 'break the boundary condition', 'A function that is the same along each path and knows nothing of its end.',
     honest_map, {_RIGHT: honest_map, _INPUT: lambda x, t: x, _GUESS: _guess,
@@ -120,7 +120,7 @@ CHEAT = Exercise(
     lambda g: [Case('64 paths at the points of the grid', _on_paths(g), expected='consistent and wrong')],
     name='cheat', judge=_test_cheat, agree=_is_cheat, explain=_why_no_cheat)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #67999385
+# %% ../../nbs/workshop/03_consistency.ipynb #ba2b6f5d
 def share_with_loss() -> float:
     "Share of the grid's pairs on which a student that answers 0 for t > 0 and x at t = 0 is inconsistent."
     ends, paths = _on_paths(torch.Generator().manual_seed(0))
@@ -138,7 +138,7 @@ SHARE = Exercise(
     'Twenty is the number of steps between two points; the number of pairs is a thousand over twenty.': .05},
     'Count the pairs, then count those whose two answers differ.', name='share', rtol=.005, atol=1e-9)
 
-# %% ../../nbs/workshop/03_consistency.ipynb #3857bee5
+# %% ../../nbs/workshop/03_consistency.ipynb #8e92030c
 def _shrinking(x, t): return torch.tanh(x)*(1 - t.reshape(-1, 1)/2000)
 
 def _draw_cases(g):
@@ -167,7 +167,7 @@ def _noised_first(f, x, timesteps, alpha_bar, generator):
         x = f(x, torch.full((len(x),), t))
     return x
 
-# %% ../../nbs/workshop/03_consistency.ipynb #8b6fa18f
+# %% ../../nbs/workshop/03_consistency.ipynb #780973f8
 DRAW = Exercise(
     15, 'drawing in a few steps', 'Evaluate, add fresh noise at the next level, evaluate again.',
     multistep_consistency_sample, {
@@ -189,7 +189,7 @@ DRAW = Exercise(
     'Before every evaluation but the first: noisy (exercise 3) of the last answer, at the level of this step.',
     _draw_cases, name='draw')
 
-# %% ../../nbs/workshop/03_consistency.ipynb #e87c84f1
+# %% ../../nbs/workshop/03_consistency.ipynb #a798a3b2
 def _guide_cases(g):
     pair = lambda *shape: (torch.randn(*shape, generator=g), torch.randn(*shape, generator=g))
     two = torch.tensor([1., 4.5]).reshape(2, 1, 1, 1)

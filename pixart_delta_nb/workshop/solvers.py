@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'FLOW_END', 'SAMPLE', 'SHRINKS', 'measured_factors']
 
-# %% ../../nbs/workshop/02_solvers.ipynb #388f8be5
+# %% ../../nbs/workshop/02_solvers.ipynb #3b976f67
 from functools import cache
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..schedules import (add_noise, alpha_bar_from_betas, continuous_alpha_bar, 
 from ..solvers import ddim_sample, ddim_step, dpm_solver_pp_2m
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/02_solvers.ipynb #079a3b85
+# %% ../../nbs/workshop/02_solvers.ipynb #fff14fad
 def _step_cases(g):
     draw = lambda *shape: torch.randn(*shape, generator=g)
     levels = torch.tensor([[.1], [.5], [.8]]), torch.tensor([[.3], [.6], [.9]])
@@ -32,25 +32,25 @@ def _moved(level_data=None, level_noise=None, fresh=False):
         return levels[level_data].sqrt()*x0 + (1 - levels[level_noise]).sqrt()*noise
     return step
 
-# %% ../../nbs/workshop/02_solvers.ipynb #01632def
+# %% ../../nbs/workshop/02_solvers.ipynb #4fa7abd3
 STEP = Exercise(
     7, 'one step of DDIM', 'From noisy data at one level to noisy data at another, with one prediction.', ddim_step, {
-    'You returned x̂₀; the step goes on and adds the same noise again, at the level ᾱ_s.':
+    'You returned x̂₀; the step goes on and adds the same noise again, at the next level.':
         lambda x_t, eps, alpha_bar_t, alpha_bar_s: eps_to_x0(x_t, eps, alpha_bar_t),
-    'You scaled x̂₀ and forgot the noise of the next level; add √(1 − ᾱ_s) ε.':
+    'You scaled x̂₀ and forgot the noise of the next level; add √(1 − ᾱ) ε with the ᾱ of the next level.':
         lambda x_t, eps, alpha_bar_t, alpha_bar_s: alpha_bar_s.sqrt()*eps_to_x0(x_t, eps, alpha_bar_t),
-    'You added the noise at the old level; its factor is √(1 − ᾱ_s).': _moved(level_noise='t'),
-    'You scaled x̂₀ with the old level; its factor is √ᾱ_s.': _moved(level_data='t'),
+    'You added the noise at the old level; its factor is √(1 − ᾱ) at the next level.': _moved(level_noise='t'),
+    'You scaled x̂₀ with the old level; its factor is √ᾱ at the next level.': _moved(level_data='t'),
     'You drew fresh noise; DDIM is deterministic and uses the predicted ε again.': _moved(fresh=True),
-    'You exchanged the two levels; we come from ᾱ_t and go to ᾱ_s.':
+    'You exchanged the two levels; we come from alpha_bar_t and go to alpha_bar_s.':
         lambda x_t, eps, alpha_bar_t, alpha_bar_s: add_noise(eps_to_x0(x_t, eps, alpha_bar_s), eps, alpha_bar_t)},
-    'Two lines: the estimate x̂₀ at level ᾱ_t (exercise 4), then adding noise at level ᾱ_s (exercise 3).',
+    'Two lines: the estimate x̂₀ at the level where we are (exercise 4), then noise at the next level (exercise 3).',
     _step_cases, name='step')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #fe99b98b
+# %% ../../nbs/workshop/02_solvers.ipynb #f003bb2d
 def _flow_cases(g):
     last = alpha_bar_from_betas(linear_betas())[-1].float()
-    return [Case('one point, ᾱ = 0.5, s = 2', (torch.tensor([1.]), torch.tensor(.5), 2.)),
+    return [Case('one point, ᾱ = 0.5, σ_d = 2', (torch.tensor([1.]), torch.tensor(.5), 2.)),
             Case('five points, narrow data', (torch.randn(5, generator=g), torch.tensor(.3), .2)),
             Case('almost pure noise', (torch.randn(3, 2, generator=g), last, .5))]
 
@@ -62,16 +62,16 @@ FLOW_END = Exercise(
         lambda x_t, alpha_bar_t, std: x_t*alpha_bar_t.sqrt()*std**2/_variance(alpha_bar_t, std),
     'You divided by the variance of x_t; its standard deviation is the root.':
         lambda x_t, alpha_bar_t, std: x_t*std/_variance(alpha_bar_t, std),
-    'You scaled to variance one; the data have the standard deviation s, so multiply by it.':
+    'You scaled to variance one; the data have the standard deviation σ_d, so multiply by it.':
         lambda x_t, alpha_bar_t, std: x_t/_variance(alpha_bar_t, std).sqrt(),
-    'You multiplied by s and did not divide by the standard deviation of x_t.':
+    'You multiplied by σ_d and did not divide by the standard deviation of x_t.':
         lambda x_t, alpha_bar_t, std: x_t*std,
     'You only undid the scaling by √ᾱ, as if there were no noise in x_t.':
         lambda x_t, alpha_bar_t, std: x_t/alpha_bar_t.sqrt()},
-    'How many standard deviations from the centre is x_t? At the end it is as many, and a standard deviation is s.',
+    'How many standard deviations from the centre is x_t? At the end it is as many, and a standard deviation is σ_d.',
     _flow_cases, name='flow_end')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #8f18dbd3
+# %% ../../nbs/workshop/02_solvers.ipynb #89f0bc51
 def _bent(x, t): return torch.tanh(1.3*x) + .2*(t.to(x.dtype).reshape(-1, 1)/1000)
 
 def _narrow(x, t): return gaussian_eps(x, alpha_bar_from_betas(linear_betas())[t].reshape(-1, 1), .4)
@@ -98,17 +98,19 @@ def _multistep(weight, half=.5, last=False, sign=1, keep=False):
         return x
     return sample
 
-# %% ../../nbs/workshop/02_solvers.ipynb #96452dd4
+# %% ../../nbs/workshop/02_solvers.ipynb #8fb3d98b
 SAMPLE = Exercise(
     9, 'a step with a memory', 'The second-order multistep sampler DPM-Solver++ (2M).', dpm_solver_pp_2m, {
     'You left out the extrapolation, which makes this DDIM.': lambda network, x, timesteps, alpha_bar: ddim_sample(
         network, x, timesteps, alpha_bar),
     'You extrapolated backwards: the estimate before is subtracted from the one now.':
         _multistep(lambda h, b: -h/(2*b)),
-    'You extrapolated to the end of the step; its middle takes half as much, h/(2h′).': _multistep(lambda h, b: h/b),
+    'You extrapolated to the end of the step; its middle takes half as much, h/(2 h_before).':
+        _multistep(lambda h, b: h/b),
     'You turned the ratio of the steps round; it is the length of this step over that of the one before.':
         _multistep(lambda h, b: b/(2*h)),
-    'You assumed equal steps; the factor is h/(2h′), and in λ the steps are unequal.': _multistep(lambda h, b: .5),
+    'You assumed equal steps; the factor is h/(2 h_before), and in λ the steps are unequal.':
+        _multistep(lambda h, b: .5),
     'You used the memory in the last step as well; the step to the clean end takes x̂₀ as it is.':
         _multistep(lambda h, b: torch.where(h > 12, 1., h)/(2*b), last=True),
     'The term with x̂ has the wrong sign: its factor is 1 − e^{−h}, and torch.expm1(-h) is minus that.':
@@ -120,7 +122,7 @@ SAMPLE = Exercise(
     'Fill in h first, as half the difference of log_snr. Then x̂, then x; torch.expm1(-h) is e^{−h} − 1.',
     _sample_cases, name='sample')
 
-# %% ../../nbs/workshop/02_solvers.ipynb #b83fd776
+# %% ../../nbs/workshop/02_solvers.ipynb #9ee7d504
 @cache
 def measured_factors() -> dict:
     "How much closer 128 steps come than 64, for Gaussian data between two levels of noise, by measurement."
