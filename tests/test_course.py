@@ -38,6 +38,7 @@ def test_a_second_start_adds_what_is_new_and_keeps_what_was_written(source, tmp_
 
 def test_an_installed_package_is_copied_and_a_checkout_is_opened(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(course, 'places', lambda: (tmp_path/'repository', source))
     assert course.ready_folder(None, source) == Path('pixart-delta-course') and (tmp_path/'pixart-delta-course/nbs/index.ipynb').is_file()
     checkout = source.rename(tmp_path/'repository')
     assert course.ready_folder(None, checkout) == checkout
@@ -63,13 +64,15 @@ def test_lab_serves_the_course_and_ends_at_sigterm(source, tmp_path):
     with open(tmp_path/'log', 'w') as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | {'JUPYTER_TOKEN': 'secret'})
         try:
-            for _ in range(240):
+            for _ in range(720):
                 time.sleep(.25)
                 found = re.search(r'http://127\.0\.0\.1:(\d+)/lab', (tmp_path/'log').read_text())
                 if found or process.poll() is not None: break
             assert found, (tmp_path/'log').read_text()[-2000:]
             address = f'http://127.0.0.1:{found[1]}/api/contents/nbs/index.ipynb?content=0&token=secret'
-            with urllib.request.urlopen(address, timeout=20) as answer: assert json.load(answer)['name'] == 'index.ipynb'
+            with urllib.request.urlopen(address, timeout=60) as answer: assert json.load(answer)['name'] == 'index.ipynb'
+            page = f'http://127.0.0.1:{found[1]}/lab?token=secret'
+            with urllib.request.urlopen(page, timeout=60) as answer: assert 'apputils-extension:announcements' in answer.read().decode()
         finally: process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert (tmp_path/'mine/nbs/index.ipynb').is_file()

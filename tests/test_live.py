@@ -111,7 +111,7 @@ def test_what_is_no_drawing_is_refused_in_one_sentence(wrong):
 def test_a_stroke_on_the_pad_changes_the_picture_and_clearing_brings_it_back(opened):
     pytest.importorskip('anywidget')
     box = sketch.live_sketch(opened, drawing='')
-    pad, page = box.children[0], box.children[-1]
+    pad, page = box.children[0], box.children[1].children[-1]
     empty = pictures_in(page.value)
     left, right = (empty[:, :empty.shape[1]//2], empty[:, empty.shape[1]//2:])
     pad.set_state({'value': sketch.EXAMPLE})                             # as a message of the browser does

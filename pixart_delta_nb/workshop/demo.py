@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CONNECT', 'HEAD', 'load_gradio', 'look', 'pad_component', 'answer', 'demo_page', 'open_page', 'demo']
 
-# %% ../../nbs/workshop/demo.ipynb #6ae43996
+# %% ../../nbs/workshop/demo.ipynb #987ec994
 import functools, os
 from ..console import app, option, require
 import typer
 
-# %% ../../nbs/workshop/demo.ipynb #af348257
+# %% ../../nbs/workshop/demo.ipynb #891698de
 def load_gradio():
     "Gradio, told to report nothing; `ValueError` where it is missing or too old."
     os.environ |= {'GRADIO_ANALYTICS_ENABLED': 'False', 'HF_HUB_DISABLE_TELEMETRY': '1'}
@@ -27,7 +27,7 @@ def look(gradio):
     own = ['system-ui', 'sans-serif'], ['ui-monospace', 'monospace']
     return gradio.themes.Default(font=own[0], font_mono=own[1])
 
-# %% ../../nbs/workshop/demo.ipynb #63eb3b39
+# %% ../../nbs/workshop/demo.ipynb #ac7665da
 CONNECT = '''
 let mine = props.value || '';
 const sheet = sketchPad(element, mine, url => { mine = props.value = url; trigger('input'); });
@@ -43,7 +43,7 @@ def pad_component(
     return gradio.HTML(drawing, html_template=SKELETON, css_template=STYLE, js_on_load=SCRIPT + CONNECT,
                        elem_id='sketch-pad')
 
-# %% ../../nbs/workshop/demo.ipynb #fedd0077
+# %% ../../nbs/workshop/demo.ipynb #e3d1df67
 def answer(
     studio, # of `open_studio`
     drawing, caption, steps, seed, strength # what the visitor chose
@@ -54,12 +54,12 @@ def answer(
     choices = {'drawing': drawing or '', 'caption': caption or '', 'steps': int(steps), 'seed': int(seed or 0)}
     return drawn(functools.partial(draw_sketch, studio), (6, 3.1), choices | {'strength': float(strength)})
 
-# %% ../../nbs/workshop/demo.ipynb #869cf507
+# %% ../../nbs/workshop/demo.ipynb #a609fd4a
 HEAD = '''# PixArt-δ on two cores
 Choose or type a caption and draw a few lines. The student needs one network evaluation a step; the right picture
 comes from the same noise without the drawing.'''
 
-# %% ../../nbs/workshop/demo.ipynb #c2e286cc
+# %% ../../nbs/workshop/demo.ipynb #7e36ca9a
 def demo_page(
     studio, # of `open_studio`
     drawing: str = '' # data URL to begin with
@@ -82,7 +82,7 @@ def demo_page(
                   show_progress='hidden', api_name='picture')
     return page
 
-# %% ../../nbs/workshop/demo.ipynb #78f2ff09
+# %% ../../nbs/workshop/demo.ipynb #e3a147a9
 def open_page(
     page, # of `demo_page`
     port: int | None = None, # to listen on; the first free one from 7860 if None

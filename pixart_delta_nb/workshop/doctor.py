@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'EXTRAS', 'MANIFEST', 'NEEDED', 'EXTENSIONS', 'Finding', '
            'weights_folder', 'digests', 'write_manifest', 'check_weights', 'check_device', 'free_memory',
            'check_memory', 'check_folder', 'check_picture', 'check_widgets', 'examine', 'verdict', 'doctor']
 
-# %% ../../nbs/workshop/doctor.ipynb #34f0eec9
+# %% ../../nbs/workshop/doctor.ipynb #9938d5b7
 import os, sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +15,7 @@ from pathlib import Path
 import typer
 from ..console import command, leave, option
 
-# %% ../../nbs/workshop/doctor.ipynb #edaaaedf
+# %% ../../nbs/workshop/doctor.ipynb #8fe19635
 PACKAGE = 'pixart_delta_nb'
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Finding:
         mark = {'fine': 'ok  ', 'wrong': 'FAIL', 'extra': 'note'}[self.state]
         return f'{mark}  {self.name:<10} {self.said}' + f'\n      {"":<10} → {self.cure}'*bool(self.cure)
 
-# %% ../../nbs/workshop/doctor.ipynb #8a8e2126
+# %% ../../nbs/workshop/doctor.ipynb #6afd2221
 def check_python(
     version: tuple = sys.version_info[:3],
     wanted: str | None = None # such as '>=3.11'; what the package asks for if None
@@ -43,7 +43,7 @@ def check_python(
     return Finding('python', 'wrong', f'{have}, but {wanted} is needed',
                    'make an environment with another Python: python3.12 -m venv .venv')
 
-# %% ../../nbs/workshop/doctor.ipynb #1be1c021
+# %% ../../nbs/workshop/doctor.ipynb #d0b0fb8d
 def unmet(
     extra: str = '', # name of an extra; '' for what everybody needs
     requires: list | None = None, # lines of requirements; the package's own if None
@@ -61,10 +61,10 @@ def unmet(
         else: found += [f'{r.name} is {have}, not {r.specifier}']*(not r.specifier.contains(have, prereleases=True))
     return found
 
-# %% ../../nbs/workshop/doctor.ipynb #5f0809f7
+# %% ../../nbs/workshop/doctor.ipynb #0d504641
 EXTRAS = {'lab': 'JupyterLab with widgets and sketch pad', 'demo': 'the demo page', 'scale': 'many devices and 8 bits'}
 
-# %% ../../nbs/workshop/doctor.ipynb #0c515812
+# %% ../../nbs/workshop/doctor.ipynb #62f4177f
 def check_libraries() -> list: # of Findings
     "What everybody needs, and what the extras need."
     faults = unmet()
@@ -81,7 +81,7 @@ def _check_extra(extra, what):
     return Finding(extra, 'extra', f'{what} would fail: {"; ".join(faults)}',
                    f"pip install -c constraints.txt '{PACKAGE}[{extra}]'")
 
-# %% ../../nbs/workshop/doctor.ipynb #b42413d0
+# %% ../../nbs/workshop/doctor.ipynb #6148f5f2
 MANIFEST = 'manifest.json'
 
 def weights_folder() -> Path:
@@ -97,7 +97,7 @@ def digests(
     files = sorted(p for p in folder.rglob('*.*') if p.suffix in ('.safetensors', '.json') and p.name != MANIFEST)
     return {p.relative_to(folder).as_posix(): [p.stat().st_size, sha256(p)] for p in files}
 
-# %% ../../nbs/workshop/doctor.ipynb #003c18dd
+# %% ../../nbs/workshop/doctor.ipynb #22d182b9
 def write_manifest(
     folder: Path | None = None # the shipped weights if None
 ) -> Path: # of the manifest
@@ -107,10 +107,10 @@ def write_manifest(
     write_json(folder/MANIFEST, digests(folder), indent=1)
     return folder/MANIFEST
 
-# %% ../../nbs/workshop/doctor.ipynb #78a2d6e4
+# %% ../../nbs/workshop/doctor.ipynb #12137f2c
 #| export
 
-# %% ../../nbs/workshop/doctor.ipynb #9702ace0
+# %% ../../nbs/workshop/doctor.ipynb #cae300e9
 def check_weights(
     folder: Path | None = None # the shipped weights if None
 ) -> Finding:
@@ -129,7 +129,7 @@ def check_weights(
     size = sum(size for size, _ in wanted.values())
     return Finding('weights', 'fine', f'{len(wanted)} files of {size/1e6:.0f} MB as they were shipped')
 
-# %% ../../nbs/workshop/doctor.ipynb #d0c5a3a7
+# %% ../../nbs/workshop/doctor.ipynb #b9a8ca5e
 NEEDED = {'memory': 1.2, 'disk': .5} # GB, for a first picture and its files
 
 def check_device(
@@ -146,7 +146,7 @@ def check_device(
     more = '; a CUDA device is there too, for --device cuda'*(device == 'cpu' and torch.cuda.is_available())
     return Finding('device', 'fine', f'{device}, {name}{more}')
 
-# %% ../../nbs/workshop/doctor.ipynb #7032efd2
+# %% ../../nbs/workshop/doctor.ipynb #e220e1e1
 def free_memory() -> float: # GB
     "What a new process may still use, within the limit of its container."
     import psutil
@@ -160,7 +160,7 @@ def _group_memory(group):
     limit, used = (int((group/f'memory.{name}').read_text()) for name in ('max', 'current'))
     return limit - used + int(stat['inactive_file'])
 
-# %% ../../nbs/workshop/doctor.ipynb #a5c528cf
+# %% ../../nbs/workshop/doctor.ipynb #7c6df48b
 def check_memory(
     free: float | None = None # GB; measured if None
 ) -> Finding:
@@ -170,7 +170,7 @@ def check_memory(
     return Finding('memory', 'wrong', f'{free:.1f} GB free, but a picture needs {need} GB',
                    'close other programs and running notebooks, or use a larger machine')
 
-# %% ../../nbs/workshop/doctor.ipynb #f42e2aaf
+# %% ../../nbs/workshop/doctor.ipynb #20d9d4bb
 def check_folder(
     folder: str | Path = '.' # where results are to be written
 ) -> Finding:
@@ -187,7 +187,7 @@ def check_folder(
     return Finding('folder', 'wrong', f'only {free:.2f} GB are free where {name} is',
                    'remove files, or use another disk')
 
-# %% ../../nbs/workshop/doctor.ipynb #4160ca70
+# %% ../../nbs/workshop/doctor.ipynb #4c238aad
 def check_picture(
     device: str = 'cpu' # to draw on
 ) -> Finding:
@@ -204,7 +204,7 @@ def check_picture(
         return Finding('picture', 'wrong', 'the pixels are not finite', 'try --device cpu, and report it')
     return Finding('picture', 'fine', f'{images.evaluations} evaluations, {time.perf_counter() - start:.2f} s')
 
-# %% ../../nbs/workshop/doctor.ipynb #fac33baa
+# %% ../../nbs/workshop/doctor.ipynb #f7b04546
 EXTENSIONS = {'ipywidgets': '@jupyter-widgets/jupyterlab-manager', 'anywidget': 'anywidget'}
 
 def check_widgets() -> Finding:
@@ -225,7 +225,7 @@ def check_widgets() -> Finding:
     return Finding('widgets', 'extra', 'notebooks would run in another Python than this one',
                    'python -m ipykernel install --sys-prefix')
 
-# %% ../../nbs/workshop/doctor.ipynb #078255e7
+# %% ../../nbs/workshop/doctor.ipynb #188dab59
 def examine(
     device: str = 'cpu', # to be used
     folder: str | Path = '.', # to write results to
@@ -238,7 +238,7 @@ def examine(
     rest = [check_weights(), check_device(device), check_memory(), check_folder(folder), check_widgets()]
     return versions + rest + ([check_picture(device)] if draw else [])
 
-# %% ../../nbs/workshop/doctor.ipynb #35638c2d
+# %% ../../nbs/workshop/doctor.ipynb #43e476ef
 def verdict(
     findings: list, # of `examine`
     everything: bool = False # whether extras count

@@ -62,7 +62,7 @@ STYLE = '''.sketch { max-width: 20rem; }
 .sketch-plate { position: relative; width: 100%; aspect-ratio: 1; }
 .sketch-canvas { width: 100%; height: 100%; background: black; touch-action: none; cursor: crosshair;
  border: 1px solid #767676; box-sizing: border-box; }
-.sketch-canvas:focus-visible { outline: 3px solid #E69F00; outline-offset: 2px; }
+.sketch-canvas:focus-visible { outline: 3px solid #E69F00; outline-offset: -4px; }
 .sketch-nib { position: absolute; width: 9px; height: 9px; margin: -6px; border: 2px solid #E69F00;
  border-radius: 50%; pointer-events: none; visibility: hidden; }
 .sketch-canvas:focus-visible + .sketch-nib { visibility: visible; }
@@ -257,13 +257,14 @@ def _told_sketch(drawing, caption, seed, steered, plain):
 def live_sketch(
     studio: Studio, # of `open_studio`
     drawing: str = EXAMPLE # to begin with
-): # VBox: pad, choices, pictures
+): # a widget: the pad, and beside it the choices above the pictures
     "The sketch pad with its caption, steps, seed and strength, and the pictures that follow them."
+    import ipywidgets
     draw = functools.partial(draw_sketch, studio)
     box = live(draw, (6, 3.1), drawing=sketch_pad(drawing), caption=choice('caption', CAPTIONS),
                steps=slider('steps', 1, 8, 4), seed=slider('seed', 0, 99, 0),
-               strength=slider('strength of the drawing', 0, 2, 1, .1))
-    box.layout = {'display': 'grid', 'grid_template_columns': 'repeat(auto-fit, minmax(18rem, 1fr))',
-                  'max_width': '56rem'}
-    box.children[0].layout = {'grid_row': '1 / span 6'}                 # the pad, left of all else where there is room
-    return box
+               strength=slider('strength', 0, 2, 1, .1))
+    pad, *rest = box.children                                    # side by side where there is room
+    pad.layout = {'width': '20.5rem', 'margin': '0 1rem 0 0'}
+    beside = ipywidgets.VBox(rest, layout={'flex': '1 1 20rem', 'width': '20rem', 'max_width': '41rem'})
+    return ipywidgets.HBox([pad, beside], layout={'flex_flow': 'row wrap'})
