@@ -81,3 +81,10 @@ def test_two_wrong_tables_cancel_in_part():
     off = {pair: abs(value/spread['linear', 'linear'] - 1) for pair, value in spread.items()}
     assert spread['linear', 'scaled linear'] < spread['linear', 'linear'] < spread['scaled linear', 'linear']
     assert off['scaled linear', 'scaled linear'] < min(off['linear', 'scaled linear'], off['scaled linear', 'linear'])
+
+
+def test_the_students_texture_lies_with_the_teachers():
+    assert says('results', "the student's marks lie with the teacher's")
+    rows = {r['method']: r['texture'] for r in stored('reproduce/results')['quality']}
+    assert all(abs(rows[f'student {n}'] - rows['teacher 14']) < .1 for n in (8, 4, 2))
+    assert all(rows[f'undistilled {n}'] < rows['teacher 14'] - .3 for n in (8, 4, 2))

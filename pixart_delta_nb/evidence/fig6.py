@@ -65,8 +65,9 @@ def draw_fig6(found: dict): # of `run_fig6`
     from matplotlib.figure import Figure
     use_style()
     rows, marks, v = len(found['captions']), found['marks'], torch.tensor(found['values'])
-    fig = shown_as_jpeg(Figure(figsize=(9, 2.8 + .85*rows), layout='constrained'))
-    above, below = fig.subfigures(2, 1, height_ratios=[2.6, .85*rows])
+    size = max(1.25*len(found['columns']) + .3, 6.5), 2.8 + 1.2*rows            # inches; pictures are about an inch wide
+    fig = shown_as_jpeg(Figure(figsize=size, layout='constrained'))
+    above, below = fig.subfigures(2, 1, height_ratios=[2.6, 1.2*rows])
     ax = above.subplots()
     for i in range(v.shape[1]): ax.plot(marks, v[:, i], color='.7', lw=.6, ls='-', marker='')
     ax.plot(marks, v.mean(1), color=PALETTE[0], ls='-', marker='o', label='mean')
