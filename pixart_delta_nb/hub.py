@@ -77,6 +77,7 @@ def _check_scheduler(name, saved, rules):
             lambda: f'{name} has {wrong[0]} = {saved[wrong[0]]!r}, but this model is sampled with '
                     f'{rules[wrong[0]]!r}: use a PixArt scheduler.')
 
+# %% ../nbs/07_hub.ipynb #9370cf40
 def read_scheduler(
     folder: Path, # of a pipeline
     card: dict, # its card, {} for none
@@ -103,6 +104,7 @@ def read_scheduler(
 PARTS = {'vae': ('diffusers', 'AutoencoderKL'), 'text_encoder': ('transformers', 'T5EncoderModel'),
          'tokenizer': ('transformers', 'T5Tokenizer'), 'transformer': ('diffusers', 'PixArtTransformer2DModel')}
 
+# %% ../nbs/07_hub.ipynb #4a67a1d9
 def check_folder(
     folder: Path, # of a pipeline
     parts: Sequence | None = None, # whose checksums are compared; None for all
@@ -135,6 +137,7 @@ class Model(Described):
     alpha_bar: torch.Tensor             # (T,) float64
     scaling_factor: float               # of the latents
 
+# %% ../nbs/07_hub.ipynb #42ecc89c
 def open_folder(
     folder: str | Path | None = None, # path or hub id of a pipeline; None for the shipped teacher
     student: str | Path | None = None, # folder of a transformer to use in place of its own; 'shipped' for the package's
@@ -173,6 +176,7 @@ def precisions(
     known = {torch.bfloat16: ('amx_bf16', 'avx512_bf16'), torch.float16: ('amx_fp16', 'avx512_fp16')}
     return [dtype for dtype, keys in known.items() if any(map(has.get, keys))] + [torch.float32]
 
+# %% ../nbs/07_hub.ipynb #c397e868
 def choose_dtype(
     device: str | torch.device, # as for `precisions`
     name: str | None = None, # such as 'bfloat16'; None for the fastest
@@ -197,6 +201,7 @@ def part_map(
             lambda: f'{name} names {", ".join(unknown)}, but the parts are {", ".join(NETWORKS)}: use these names.')
     return dict.fromkeys(NETWORKS) | setting
 
+# %% ../nbs/07_hub.ipynb #85d01a40
 def placement(
     device='cpu', # one for all, or a dict by name of the part
     dtype=None, # likewise, as torch dtypes or names; None: float32 on a CPU, elsewhere the fastest
@@ -231,6 +236,7 @@ def binned_size(
             lambda: f'the size is {height} x {width}, but both sides must be positive: correct it.')
     return PixArtImageProcessor.classify_height_width_bin(height, width, tables[config.sample_size])
 
+# %% ../nbs/07_hub.ipynb #e120ac91
 def resize_and_crop(
     images: torch.Tensor, # (B, 3, H, W)
     height: int, # pixels
