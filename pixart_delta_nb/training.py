@@ -44,9 +44,7 @@ def begin(
     steps: int, # of the whole run
     config: dict | None # JSON that a run keeps to
 ) -> dict: # scalars to start from
-    """The checkpoint's scalars where `resume` finds one, else those of step 0.
-
-    `ValueError` for another run's checkpoint."""
+    "The checkpoint's scalars where `resume` finds one, else those of step 0; `ValueError` for another run's."
     fresh = {'step': 0, 'steps': steps, 'config': config, 'log': [], 'total': 0., 'count': 0, 'recent': []}
     if not checkpoint.exists(): return fresh
     require(resume,
