@@ -74,7 +74,8 @@ def book(root: Path = ROOT) -> dict[str, list[Chapter]]: # part -> its chapters,
     "Every notebook once: numbered ones in the order of their numbers, those of a folder in the order of the README."
     nbs, order = root/'nbs', reading_order(root)
     rank = lambda name: (order.index(name) if '/' in name and name in order else len(order), name)
-    def found(pattern): return sorted((str(p.relative_to(nbs).with_suffix('')) for p in nbs.glob(f'{pattern}.ipynb')), key=rank)
+    called = lambda path: str(path.relative_to(nbs).with_suffix(''))
+    found = lambda pattern: sorted(map(called, nbs.glob(f'{pattern}.ipynb')), key=rank)
     parts = {part: [name for pattern in patterns for name in found(pattern)] for part, patterns in PARTS.items()}
     return {part: [read(nbs/f'{name}.ipynb', nbs) for name in names] for part, names in parts.items() if names}
 
@@ -158,9 +159,10 @@ class Links:
         match = re.fullmatch(r'(!?\[[^\]]*\])\(([^)\s#]+)(#[^)]*)?\)', link, re.S)
         if not match or '://' in link or match.group(2).endswith('.ipynb'): return link
         path = (self.chapter.path.parent/match.group(2)).resolve()
+        up = '../' * self.chapter.name.count('/')
+        if path == self.root/'docs/teaching.md': return f'{match.group(1)}({up}teaching.md)' # a page of its own
         if not path.is_file() or self.root not in path.parents: return link
         self.chapter.links.append(str(path.relative_to(self.root)))
-        up = '../' * self.chapter.name.count('/')
         kind = '' if link[0] == '!' else 'path:' # no page of the site, even if its name ends in .md
         return f'{match.group(1)}(<{kind}{up}files/{path.relative_to(self.root)}>)'
 

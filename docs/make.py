@@ -63,12 +63,6 @@ def gather_tests(pages: Pages) -> None:
     pages.put('tests/index.md', api.contents('Tests', 'What holds the code to its equations.', summaries))
 
 
-def gather_guide(book: dict, pages: Pages) -> None:
-    found = [c for part in book.values() for c in part]
-    questions = {c.name: c.title for c in found if c.name.startswith('workshop/q')}
-    pages.put('teaching.md', teaching.guide([c.name for c in found if c.name in slides.COURSE], questions))
-
-
 def gather(folder: Path) -> None: # all pages of the site, for Sphinx
     modules, book, pages = package.modules(), chapters.book(), Pages(folder)
     names = [name for _, found in modules.values() for name in found]
@@ -76,7 +70,7 @@ def gather(folder: Path) -> None: # all pages of the site, for Sphinx
     gather_book(book, names, tests, pages)
     gather_api(modules, tests, book, pages)
     gather_tests(pages)
-    gather_guide(book, pages)
+    pages.put('teaching.md', teaching.from_book(book))
     pages.sweep()
 
 

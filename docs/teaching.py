@@ -1,5 +1,5 @@
-"""The instructor's guide: teaching.md with its plans, whose clock and running times are computed."""
-import configparser
+"""The instructor's guide: `python docs/teaching.py` writes teaching.md from teaching.in.md, plans.yaml and times.json."""
+import configparser, re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlparse
@@ -60,7 +60,7 @@ def guide(
     questions: dict[str, str], # page -> title, of the pages that answer a question
     times: dict[str, float] | None = None # notebook -> seconds; those of times.json if None
 ) -> str: # Markdown of the page
-    "The guide with its plans, and its lists of slides, of questions and of places that run the course."
+    "The guide as a page of the site, with plans and lists of slides, of questions and of places that run the course."
     times, cfg = seconds() if times is None else times, settings()
     needed = {block.runs for block in plans()['one-day'] if block.runs}
     links = launch_links(cfg['git_url'], cfg['branch'])
@@ -69,6 +69,24 @@ def guide(
         'slides': '\n'.join(f'- <a href="slides/{name}.html">{name}</a>' for name in decks),
         'questions': '\n'.join(f'- [{title}]({page}.ipynb)' for page, title in questions.items()),
         'git_url': cfg['git_url'], 'launch': ', '.join(f'[{name}]({link})' for name, link in links.items())}
-    text = (HERE/'teaching.md').read_text(encoding='utf-8')
+    text = (HERE/'teaching.in.md').read_text(encoding='utf-8')
     for name, value in filled.items(): text = text.replace('{' + name + '}', value)
     return text
+
+
+def in_repository(page: str) -> str: # Markdown of docs/teaching.md
+    "The guide as a file of the repository: links lead to notebooks, and slides are named, since they are built."
+    page = re.sub(r'\]\(([\w/.]+\.ipynb)\)', r'](../nbs/\1)', page)
+    return re.sub(r'<a href="slides/\w+\.html">(\w+)</a>', r'`_docs/slides/\1.html`', page)
+
+
+def from_book(book: dict) -> str: # the guide for the chapters that there are
+    from slides import COURSE
+    found = [chapter for part in book.values() for chapter in part]
+    questions = {c.name: c.title for c in found if c.name.startswith('workshop/q')}
+    return guide([c.name for c in found if c.name in COURSE], questions)
+
+
+if __name__ == '__main__':
+    from chapters import book
+    (HERE/'teaching.md').write_text(in_repository(from_book(book())), encoding='utf-8')

@@ -179,6 +179,12 @@ def test_the_guide_is_complete_and_its_links_lead_somewhere():
     assert [link for link in re.findall(r'\]\(([^):]+\.ipynb)\)', text) if not (ROOT/'nbs'/link).is_file()] == []
 
 
+def test_the_guide_in_the_repository_is_what_the_command_writes():
+    text = (ROOT/'docs/teaching.md').read_text(encoding='utf-8')
+    assert text == teaching.in_repository(teaching.from_book(chapters.book()))
+    assert 'slides/' in text and '](../nbs/index.ipynb)' in text and '<a href' not in text
+
+
 @pytest.mark.parametrize('url, places', [('https://github.com/a/b.git', {'Binder': '/v2/gh/a/b/main', 'Colab': '/github/a/b/blob/main/nbs/index.ipynb'}),
                                          ('https://example.org/b', {'Binder': '/v2/git/https%3A%2F%2Fexample.org%2Fb/main'})])
 def test_courses_open_elsewhere_from_the_repository_alone(url, places):
