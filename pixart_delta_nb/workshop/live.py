@@ -7,7 +7,7 @@ __all__ = ['PIXART', 'KINDS', 'LINE', 'CLEAN', 'SOLVERS', 'SKIPS', 'CAPTIONS', '
            'choice', 'show_live', 'draw_schedule', 'share_below', 'place_of', 'carry', 'draw_map', 'solver_error',
            'draw_solver', 'draw_student']
 
-# %% ../../nbs/workshop/live.ipynb #f4d7aacb
+# %% ../../nbs/workshop/live.ipynb #7ebe9b8f
 import functools, html, io
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..solvers import (Mixture, ddim_sample, dpm_solver_pp_2m, heun_sample, mixt
                                      mixture_mean)
 from .studio import Studio, as_url, estimates
 
-# %% ../../nbs/workshop/live.ipynb #ef839f1c
+# %% ../../nbs/workshop/live.ipynb #10f61b56
 def as_html(
     png: bytes, # of a figure
     sentence: str # what it shows
@@ -28,7 +28,7 @@ def as_html(
     return (f'<figure class="live-figure" style="margin: 0"><img src="{as_url(png)}" alt="{said}" '
             f'style="max-width: 100%; height: auto"><figcaption>{said}</figcaption></figure>')
 
-# %% ../../nbs/workshop/live.ipynb #12712600
+# %% ../../nbs/workshop/live.ipynb #509ec85b
 def drawn(
     draw, # a piece: (figure, **choices) → sentence
     size: tuple, # of the figure: width and height, inches
@@ -43,7 +43,7 @@ def drawn(
     figure.savefig(file, format='png', dpi=110)
     return as_html(file.getvalue(), sentence)
 
-# %% ../../nbs/workshop/live.ipynb #cd9f7aec
+# %% ../../nbs/workshop/live.ipynb #772c062c
 def live(
     draw, # a piece: (figure, **choices) → sentence
     size: tuple, # of the figure: width and height, inches
@@ -58,7 +58,7 @@ def live(
     show()
     return VBox([*controls.values(), page])
 
-# %% ../../nbs/workshop/live.ipynb #346c6c3a
+# %% ../../nbs/workshop/live.ipynb #6a910a10
 def still(
     draw, # a piece: (figure, **choices) → sentence
     size: tuple, # of one of its figures: width and height, inches
@@ -72,7 +72,7 @@ def still(
     for part, choices in zip(parts, positions): print(draw(part, **choices))
     return figure
 
-# %% ../../nbs/workshop/live.ipynb #cbe203a1
+# %% ../../nbs/workshop/live.ipynb #96f5a947
 def slider(
     name: str, # what a reader sees and a screen reader says
     low: float, # smallest value
@@ -86,7 +86,7 @@ def slider(
     return kind(value, min=low, max=high, step=step, description=name, continuous_update=False,
                 style={'description_width': '9em'}, layout={'width': '28em', 'max_width': '100%'})
 
-# %% ../../nbs/workshop/live.ipynb #28c22a5b
+# %% ../../nbs/workshop/live.ipynb #87f8fbf2
 def choice(
     name: str, # what a reader sees
     options, # to choose from
@@ -105,7 +105,7 @@ def show_live(
     from IPython.display import display
     display(widget._repr_mimebundle_() | {'text/plain': instead}, raw=True)
 
-# %% ../../nbs/workshop/live.ipynb #25f63408
+# %% ../../nbs/workshop/live.ipynb #3eb3df11
 PIXART = alpha_bar_from_betas(linear_betas())
 KINDS = {'linear': linear_betas, 'scaled linear': scaled_linear_betas}
 
@@ -128,7 +128,7 @@ def draw_schedule(
     for axis in (left, right): axis.legend()
     return _told_schedule(table)
 
-# %% ../../nbs/workshop/live.ipynb #6838d323
+# %% ../../nbs/workshop/live.ipynb #1b3c0c4a
 def _told_schedule(table):
     "What the last time step keeps of the data, and where signal and noise are equal."
     equal = (log_snr(table) > 0).sum().item()
@@ -137,7 +137,7 @@ def _told_schedule(table):
     return (f'Signal and noise are equal at t = {equal}; at the last step the logSNR is {last:.2f}, '
             f"{more} signal {'as' if more == 'as much' else 'than'} PixArt's {theirs:.2f} leaves.")
 
-# %% ../../nbs/workshop/live.ipynb #608df3eb
+# %% ../../nbs/workshop/live.ipynb #cb9624dd
 LINE = Mixture(*(torch.tensor(v, dtype=torch.float64) for v in ([.4, .6], [[-1.], [1.]], [.15, .3])))
 CLEAN = torch.ones((), dtype=torch.float64)
 
@@ -162,7 +162,7 @@ def place_of(
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high)/2
 
-# %% ../../nbs/workshop/live.ipynb #e6e41d95
+# %% ../../nbs/workshop/live.ipynb #52fa5f93
 def carry(
     x: Tensor, # (...) places at one noise level
     alpha_bar_t: Tensor, # ᾱ there
@@ -171,7 +171,7 @@ def carry(
     "The exact PF-ODE on a line, equation (1); to clean data it is the consistency map."
     return place_of(share_below(x, alpha_bar_t), alpha_bar_s)
 
-# %% ../../nbs/workshop/live.ipynb #ae92a8de
+# %% ../../nbs/workshop/live.ipynb #6eb02e47
 def draw_map(
     figure, # empty, of matplotlib
     start: float = .8, # where the path is at t = 999
@@ -187,7 +187,7 @@ def draw_map(
     return (f'The path that starts at {start:+.2f} is at {x.item():+.2f} at t = {t}, and the map sends that point to '
             f'{end.item():+.2f}, the end of the path; the mean of what it may have been is {mean:+.2f}.')
 
-# %% ../../nbs/workshop/live.ipynb #e101d66a
+# %% ../../nbs/workshop/live.ipynb #0e4af70b
 @functools.cache
 def _tracks(starts):
     "Times and the exact paths from some places at t = 999, (time, path)."
@@ -212,7 +212,7 @@ def _map(axis, t, x, end):
     axis.set(xlabel=f'$x_t$ at t = {t}', ylabel='$x_0$', ylim=(-2, 2))
     axis.legend(loc='upper left')
 
-# %% ../../nbs/workshop/live.ipynb #0368c598
+# %% ../../nbs/workshop/live.ipynb #dd541d1b
 SOLVERS = {'DDIM': ddim_sample, 'Heun': heun_sample, 'DPM-Solver++ 2M': dpm_solver_pp_2m}
 SKIPS = (5, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
 
@@ -229,7 +229,7 @@ def _walked(solver, k):
     ends = SOLVERS[solver](field, start[:, None], skip_grid(k).flip(0), PIXART)[:, 0]
     return ends, place_of(shares, CLEAN), len(calls)
 
-# %% ../../nbs/workshop/live.ipynb #6b3f7d85
+# %% ../../nbs/workshop/live.ipynb #83dd8a1e
 def solver_error(
     solver: str, # a key of SOLVERS
     k: int # skip, a divisor of 1000
@@ -238,7 +238,7 @@ def solver_error(
     ends, goal, _ = _walked(solver, k)
     return (ends - goal).square().mean().sqrt().item()
 
-# %% ../../nbs/workshop/live.ipynb #e50c9b32
+# %% ../../nbs/workshop/live.ipynb #bf859a87
 def draw_solver(
     figure, # empty, of matplotlib
     solver: str = 'DDIM', # a key of SOLVERS
@@ -256,7 +256,7 @@ def draw_solver(
     right.legend()
     return _told_solver(solver, k, calls)
 
-# %% ../../nbs/workshop/live.ipynb #5780ce45
+# %% ../../nbs/workshop/live.ipynb #36213024
 def _told_solver(solver, k, calls):
     "The error, and what half the skip would make of it."
     error = solver_error(solver, k)
@@ -264,7 +264,7 @@ def _told_solver(solver, k, calls):
     if k//2 not in SKIPS: return said + '.'
     return f'{said}; with k = {k//2} it would be {error/solver_error(solver, k//2):.1f} times smaller.'
 
-# %% ../../nbs/workshop/live.ipynb #7db6a274
+# %% ../../nbs/workshop/live.ipynb #fcebe24f
 CAPTIONS = ('a large blue sphere to the left of a large red cube, on grass at noon',
             'a large red cube in front of a small blue sphere, on grass at sunset',
             'a small green cone beside a large yellow box on sand at night',
