@@ -118,7 +118,7 @@ def _wirings(values):
 def _length(found):
     "How long the runs are, as the opening of a sentence; '' where they have no marks."
     last = [r['curve'][-1]['step'] for r in found['rows'] if r.get('curve')]
-    return f'After {max(last)} steps of training: '*bool(last)
+    return f'After {max(last)} steps of training: ' if last else ''
 
 def _shares(found):
     "What the fewest and the most copies close of the gap, for the student without words; '' without several."
