@@ -63,9 +63,11 @@ def guide(
     "The guide as a page of the site, with plans and lists of slides, of questions and of places that run the course."
     times, cfg = seconds() if times is None else times, settings()
     needed = {block.runs for block in plans()['one-day'] if block.runs}
+    absent = ', '.join(sorted(needed - times.keys()))
     links = launch_links(cfg['git_url'], cfg['branch'])
     filled = {f'plan {name}': table(plan, times) for name, plan in plans().items()} | {
         'all runs': lasts(sum(times[name] for name in needed if name in times)),
+        'unmeasured': f'Not measured yet, but each says in its opening what it takes: {absent}.' if absent else '',
         'slides': '\n'.join(f'- <a href="slides/{name}.html">{name}</a>' for name in decks),
         'questions': '\n'.join(f'- [{title}]({page}.ipynb)' for page, title in questions.items()),
         'git_url': cfg['git_url'], 'launch': ', '.join(f'[{name}]({link})' for name, link in links.items())}

@@ -33,7 +33,7 @@ def test_a_stroke_changes_the_picture(demo, opened):
     watched = opened(demo)
     before = shown(watched)
     draw_line(watched.page, watched.page.locator('#sketch-canvas'))
-    until(lambda: shown(watched) != before, 30)
+    until(lambda: shown(watched) != before, 120)
     assert 'Lines drawn: 1' in watched.page.locator('#sketch-status').inner_text()
 
 

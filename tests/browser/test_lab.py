@@ -69,7 +69,7 @@ def first_figure(page):
 def picture(figure): return figure.locator('img').first.get_attribute('src')
 
 
-def changed(figure, before): until(lambda: picture(figure) not in (None, before), 30)
+def changed(figure, before): until(lambda: picture(figure) not in (None, before), 120)
 
 
 def test_the_index_runs_to_the_end(notebook):
