@@ -6,7 +6,7 @@
 __all__ = ['VISITED', 'DISTANCE', 'FOLLOW', 'LCD_STEP', 'STEPS', 'ROWS', 'BOUND', 'RECIPE', 'ONE_STEP', 'package_step',
            'small_world', 'train_student', 'far_off', 'one_step_seconds']
 
-# %% ../../nbs/workshop/04_toy.ipynb #1686868e
+# %% ../../nbs/workshop/04_toy.ipynb #45d3ba53
 import copy
 from functools import cache
 import torch
@@ -20,7 +20,7 @@ from ..solvers import ddim_step
 from ..toy import Recipe, ToyNet, distil_toy, exact_map, jump, ring
 from .checks import Case, Exercise
 
-# %% ../../nbs/workshop/04_toy.ipynb #8a14b617
+# %% ../../nbs/workshop/04_toy.ipynb #ab2a4c17
 def _grid_cases(g): return [Case("the report's k = 20 of 1000 steps", (20, 1000)), Case('no skipping, k = 1', (1, 10)),
                             Case('one step across all', (8, 8)), Case('k = 25 of 100 steps', (25, 100))]
 
@@ -34,7 +34,7 @@ VISITED = Exercise(
     'You skipped k steps between two times; the next one is k further.': lambda k, T: torch.arange(k - 1, T, k + 1)},
     'For k = 20 and T = 1000 the times are 19, 39, …, 999.', _grid_cases, name='visited')
 
-# %% ../../nbs/workshop/04_toy.ipynb #bdebd870
+# %% ../../nbs/workshop/04_toy.ipynb #051fb89d
 def _distance_cases(g):
     a = torch.randn(3, 4, generator=g)
     return [Case('numbers far apart', (a, a.flip(0), 1e-3)), Case('numbers closer than c', (a, a + .01*a.flip(1), .5)),
@@ -52,7 +52,7 @@ DISTANCE = Exercise(
         lambda a, b, c: ((a - b).square().mean() + c**2).sqrt() - c},
     'Inside the root stand two squares; c is subtracted outside of it.', _distance_cases, name='distance', atol=1e-6)
 
-# %% ../../nbs/workshop/04_toy.ipynb #4ca6d18e
+# %% ../../nbs/workshop/04_toy.ipynb #0c9ddec1
 def _two_networks(g):
     made = [nn.Linear(3, 2) for _ in range(2)]
     for p in (p for network in made for p in network.parameters()): p.data = torch.randn(p.shape, generator=g)
@@ -84,13 +84,14 @@ def _follow_cases(g):
         made.append(Case(f'a layer with bias, μ = {mu}', (target, student, mu), _after(wanted, _flat(student))))
     return made
 
-# %% ../../nbs/workshop/04_toy.ipynb #683a1603
+# %% ../../nbs/workshop/04_toy.ipynb #7dd9a7d1
 def _drag(target, student, mu):
     for slow, fast in zip(target.parameters(), student.parameters()): fast.data.lerp_(slow.data, mu)
 
 def _keep_graph(target, student, mu):
     for slow, fast in zip(target.parameters(), student.parameters()): slow.mul_(mu).add_((1 - mu)*fast)
 
+# %% ../../nbs/workshop/04_toy.ipynb #31896f19
 _DRAGGED = 'You moved the student towards the target; it is the target that follows.'
 
 def _who_moved(answer, found, expected):
@@ -111,7 +112,7 @@ FOLLOW = Exercise(
     'Go through zip(target.parameters(), student.parameters()); `a.data.lerp_(b.data, w)` moves a by w towards b.',
     _follow_cases, name='follow', judge=_test_follow, explain=_who_moved)
 
-# %% ../../nbs/workshop/04_toy.ipynb #0bd0405a
+# %% ../../nbs/workshop/04_toy.ipynb #577dd761
 class _Tiny(nn.Module):
     "A prediction of the noise with three weights."
     def __init__(self, *weights):
@@ -136,7 +137,7 @@ def _test_step(answer, student, target, *rest):
     gradients = [torch.zeros(3) if m.weight.grad is None else m.weight.grad for m in (student, target)]
     return dict(zip(('loss', "the student's gradient", "the target's gradient"), (loss.detach(), *gradients)))
 
-# %% ../../nbs/workshop/04_toy.ipynb #4aad218b
+# %% ../../nbs/workshop/04_toy.ipynb #39b1172a
 def _step_cases(g):
     table, cases = alpha_bar_from_betas(linear_betas()), []
     for words, n in (('four pairs in the middle', [10, 20, 30, 40]), ('pairs that reach t = 0', [0, 1, 0, 49])):
@@ -161,7 +162,7 @@ def _lcd(walk='teacher', goal='target', clamp=True, detach=True, later=True, ask
         return pseudo_huber(said, wanted.detach() if detach else wanted)
     return loss_of_step
 
-# %% ../../nbs/workshop/04_toy.ipynb #cc685eef
+# %% ../../nbs/workshop/04_toy.ipynb #ba2a7abf
 LCD_STEP = Exercise(
     20, 'one step of Algorithm 1', 'The loss of one step of latent consistency distillation.', package_step, {
     'Gradients flow into the target; its answer is the goal, so compute it under torch.no_grad().': _lcd(detach=False),
@@ -175,14 +176,15 @@ LCD_STEP = Exercise(
     'You noised the data anew to t_n, which needs no teacher and trains something else; let the teacher walk.':
         _lcd(walk='noise'),
     'Nobody walked: the target was shown the same point as the student.': _lcd(walk='none'),
-    'You compared predictions of the noise; compare the ends that consistency_function makes of them.': _lcd(ends=False),
+    'You compared predictions of the noise; compare the ends that consistency_function makes of them.':
+        _lcd(ends=False),
     'You took n k for the time; the grid of exercise 17 ends at 999 and has k − 1 as its first time.': _lcd(grid=False),
     'From the first point of the grid your t_n is negative, and Python reads the table from its end; stop at 0.':
         _lcd(clamp=False)},
     'Four lines: noise to t_{n+k}, walk with the teacher, ask the target under torch.no_grad(), ask the student.',
     _step_cases, name='loss_of_step', judge=_test_step, rtol=1e-3)
 
-# %% ../../nbs/workshop/04_toy.ipynb #aa9b2c05
+# %% ../../nbs/workshop/04_toy.ipynb #47185fdd
 STEPS, ROWS, BOUND = 200, 128, .33
 
 @cache
@@ -205,7 +207,7 @@ def train_student(
     times = torch.full((len(noise),), 999)
     return jump(student, noise, times, torch.zeros_like(times), table)
 
-# %% ../../nbs/workshop/04_toy.ipynb #3c25dd89
+# %% ../../nbs/workshop/04_toy.ipynb #c2b53216
 def far_off(
     answers: Tensor, # (256, 2), as of `train_student`
 ) -> float:
@@ -229,11 +231,12 @@ _TIMID = 'With so small a learning rate 200 updates hardly move the weights: rai
 def _why_far(recipe, found, expected):
     "The setting that is most likely to blame."
     blames = [(found == 'no Recipe', _NONE), (found == 'another budget', _BUDGET)]
-    if not any(ok for ok, _ in blames): blames = [(recipe.lr < 5e-4, _TIMID), (recipe.lr > .04, _WILD), (recipe.mu > .97, _SLOW),
-                                                  (recipe.k > 400, _COARSE), (recipe.k < 100, _RELAY)]
+    if not any(ok for ok, _ in blames):
+        blames = [(recipe.lr < 5e-4, _TIMID), (recipe.lr > .04, _WILD), (recipe.mu > .97, _SLOW),
+                  (recipe.k > 400, _COARSE), (recipe.k < 100, _RELAY)]
     return next((words for ok, words in blames if ok), 'You are on the way: raise lr or lower mu a little.')
 
-# %% ../../nbs/workshop/04_toy.ipynb #b643698a
+# %% ../../nbs/workshop/04_toy.ipynb #dda93628
 _BEST = {'omega': 0., 'steps': STEPS, 'batch_size': ROWS, 'k': 100, 'mu': .8, 'lr': .02}
 
 RECIPE = Exercise(
@@ -244,7 +247,7 @@ RECIPE = Exercise(
     lambda g: [Case('200 updates', (), 'a mean distance below 0.33')], name='recipe', judge=_test_recipe,
     agree=lambda found, expected: isinstance(found, dict) and found['mean distance'] < BOUND, explain=_why_far)
 
-# %% ../../nbs/workshop/04_toy.ipynb #5c663bd2
+# %% ../../nbs/workshop/04_toy.ipynb #d1ea1028
 def one_step_seconds(alpha: float = 2.2, delta: float = .5) -> float:
     "Seconds of PixArt-δ with one step, from 28 and 4 evaluations and a shared overhead (report, Table 2, A100)."
     evaluation = (alpha - delta)/(28 - 4)
