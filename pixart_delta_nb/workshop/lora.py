@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['LOW_RANK', 'ADAPTER', 'LowRank', 'adapter_of_a_block']
 
-# %% ../../nbs/workshop/10_lora.ipynb #a6492273
+# %% ../../nbs/workshop/10_lora.ipynb #cb826fb1
 import copy
 import torch
 from torch import Tensor, nn
-from ..lora import TARGETS, add_lora, lora_layers, lora_parameters, merge
+from ..core import require
+from ..lora import TARGETS, add_lora, lora_parameters, merge
 from ..transformer import PixArtTransformer, TransformerConfig
 from .checks import Case, Exercise
+from .data import by_parts
+from .differences import kind_of
 from .lcd import answered, made_module
 
-# %% ../../nbs/workshop/10_lora.ipynb #da02f1f5
+# %% ../../nbs/workshop/10_lora.ipynb #11d9d4dc
 class LowRank(nn.Module):
     "A frozen linear layer with a change of low rank, by the package's `add_lora` and `merge`."
     def __init__(self,
@@ -28,26 +31,38 @@ class LowRank(nn.Module):
     def forward(self, x): return self.model['to_q'](x)                              # (…, n) -> (…, m)
     def merged(self): return merge(copy.deepcopy(self.model))['to_q'].weight        # (m, n)
 
-# %% ../../nbs/workshop/10_lora.ipynb #badaeb50
+# %% ../../nbs/workshop/10_lora.ipynb #242aeed2
 class _LowRank(nn.Module):
     "The layer with one thing done otherwise."
-    def __init__(self, layer, rank, alpha, scale=lambda a, r: a/r, zero='B', frozen=True, sign=1, merged_too=True):
+    def __init__(self, layer, rank, alpha, scale=lambda a, r: a/r, zero='B', frozen=True, sign=1, keeps=1,
+                 merged_too=True):
         super().__init__()
         self.layer, self.scale, self.sign = layer.requires_grad_(not frozen), scale(alpha, rank), sign
+        self.keeps = keeps
         draw = {name: torch.zeros if name in zero else torch.randn for name in 'AB'}
         self.A = nn.Parameter(draw['A'](rank, layer.in_features, dtype=layer.weight.dtype))
         self.B = nn.Parameter(draw['B'](layer.out_features, rank, dtype=layer.weight.dtype))
         self.merging = self.scale if merged_too else 1.
     def forward(self, x): return self.layer(x) + self.scale*(x @ self.A.T @ self.B.T)
-    def merged(self): return self.layer.weight + self.sign*self.merging*(self.B @ self.A)
+    def merged(self): return self.keeps*self.layer.weight + self.sign*self.merging*(self.B @ self.A)
 
 def _otherwise(**how): return lambda layer, rank, alpha: _LowRank(layer, rank, alpha, **how)
 
-# %% ../../nbs/workshop/10_lora.ipynb #e5a0e076
+# %% ../../nbs/workshop/10_lora.ipynb #b9d6f3eb
+def _check_parameter(lora, name, given):
+    "`ValueError`, in a sentence, unless a module has a parameter of the shape and precision of the layer."
+    p = getattr(lora, name, None)
+    require(isinstance(p, nn.Parameter) and p.shape == given.shape,
+            lambda: f'{name} is {kind_of(p)}, but must be an nn.Parameter of shape {tuple(given.shape)}')
+    require(p.dtype == given.dtype, lambda: f'{name} has {p.dtype}, but the weight of the layer {given.dtype}; '
+                                            'make it with dtype=layer.weight.dtype')
+
+# %% ../../nbs/workshop/10_lora.ipynb #64ab964a
 def _attached(answer, layer, rank, alpha, x, A, B):
     "The adapter at the start, what learns, and forward pass and merged matrix with given A and B."
     plain = layer(x).detach()
     lora = made_module(answer, layer, rank, alpha)
+    for name, given in (('A', A), ('B', B)): _check_parameter(lora, name, given)
     start = (answered(lora, x) - plain).abs().max().item() < 1e-9
     lora(x).square().sum().backward()
     learns = [name for name in 'AB' if (g := getattr(lora, name).grad) is not None and g.any()]
@@ -55,10 +70,11 @@ def _attached(answer, layer, rank, alpha, x, A, B):
     with torch.no_grad():
         lora.A.copy_(A)
         lora.B.copy_(B)
-        out, matrix = lora(x), lora.merged().detach().clone()
+        out, _, matrix = lora(x), lora.merged(), answered(lora.merged).clone()     # merging twice must not add twice
     return {'starts as the layer': start, 'layer is frozen': frozen, 'forward': out, 'merged': matrix,
             'learns at first': ' and '.join(learns) or 'nothing'}
 
+# %% ../../nbs/workshop/10_lora.ipynb #369cffcd
 def _adapter_told(answer, outcome, expected):
     "Words for an adapter that begins or learns otherwise."
     if not outcome['starts as the layer']:
@@ -70,7 +86,7 @@ def _adapter_told(answer, outcome, expected):
     if not outcome['layer is frozen']:
         return 'Your layer itself still asks for gradients; call requires_grad_(False).'
 
-# %% ../../nbs/workshop/10_lora.ipynb #9565fa76
+# %% ../../nbs/workshop/10_lora.ipynb #3137ea22
 def _layers(g):
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
     def case(n, m, rank, alpha):
@@ -90,11 +106,12 @@ LOW_RANK = Exercise(
             _otherwise(scale=lambda a, r: a),
         'You left out α/r.': _otherwise(scale=lambda a, r: 1.),
         'You forgot α/r in merged(); forward and the merged matrix must agree.': _otherwise(merged_too=False),
-        'You subtracted B A when merging; the change is added to W.': _otherwise(sign=-1)},
+        'You subtracted B A when merging; the change is added to W.': _otherwise(sign=-1),
+        'You returned the change alone; the merged matrix is W plus the change.': _otherwise(keeps=0)},
     'In forward: self.layer(x) + alpha/rank * (x @ A.T @ B.T). The merged matrix is W + alpha/rank * B @ A.', _layers,
     judge=_attached, explain=_adapter_told)
 
-# %% ../../nbs/workshop/10_lora.ipynb #289c0bd5
+# %% ../../nbs/workshop/10_lora.ipynb #f82c47c2
 def adapter_of_a_block() -> dict: # 'numbers' and 'percent'
     "Counted on a block of PixArt-XL/2 with the released targets, on the meta device."
     with torch.device('meta'):
@@ -106,16 +123,17 @@ def adapter_of_a_block() -> dict: # 'numbers' and 'percent'
 
 _D, _R = 1152, 32
 
+def _adapter(numbers, weights): return {'numbers': numbers*_R*_D, 'percent': 100*numbers*_R/weights/_D}
+
+_WRONG_ADAPTER = {
+    'You counted A alone; B holds r·m numbers more.': _adapter(13, 16),
+    'You counted one attention; a block has two, of four matrices each.': _adapter(18, 12),
+    'You left out the feed-forward, which is half of the block’s weights.': _adapter(16, 8),
+    'You counted the feed-forward as D x D; it goes to 4D channels and back.': _adapter(20, 10),
+    'You multiplied r·n·m; a change of rank r is stored as two thin matrices, r·(n + m).': _adapter(16*_D, 16),
+    'You gave a share; percent are a hundred times as much.': {'numbers': 26*_R*_D, 'percent': 26*_R/16/_D}}
+
 ADAPTER = Exercise(
-    42, 'the size of an adapter', 'Numbers of a LoRA of rank 32 on one block, and their share.', adapter_of_a_block, {
-        'You counted A alone; B holds r·m numbers more.':
-            {'numbers': (8 + 1 + 4)*_R*_D, 'percent': 100*13*_R/16/_D},
-        'You counted one attention; a block has two, of four matrices each.':
-            {'numbers': (8 + 10)*_R*_D, 'percent': 100*18*_R/12/_D},
-        'You left out the feed-forward, which is half of the block’s weights.':
-            {'numbers': 16*_R*_D, 'percent': 100*16*_R/8/_D},
-        'You counted the feed-forward as D x D; it goes to 4D channels and back.':
-            {'numbers': 20*_R*_D, 'percent': 100*20*_R/10/_D},
-        'You multiplied r·n·m; a change of rank r is stored as two thin matrices, r·(n + m).':
-            {'numbers': _R*16*_D**2, 'percent': 100.*_R}},
-    'Eight times r·2D, and twice r·5D; the matrices themselves hold 8 D² and 8 D².', name='adapter', rtol=.005)
+    42, 'the size of an adapter', 'Numbers of a LoRA of rank 32 on one block, and their share.', adapter_of_a_block,
+    _WRONG_ADAPTER, 'Eight times r·2D, and twice r·5D; the matrices themselves hold 8 D² and 8 D².', name='adapter',
+    rtol=.005, explain=by_parts(_WRONG_ADAPTER, .005))
