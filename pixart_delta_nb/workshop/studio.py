@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFIX', 'Studio', 'open_studio', 'as_url', 'png_of', 'condition_of', 'picture', 'estimates']
 
-# %% ../../nbs/workshop/studio.ipynb #2e956b5b
+# %% ../../nbs/workshop/studio.ipynb #e55989f0
 import base64, io
 from dataclasses import dataclass, replace
 import torch
@@ -17,7 +17,7 @@ from ..folders import shipped
 from ..pipeline import Pipeline, load_pipeline
 from ..sampling import decode, generate, sample_student
 
-# %% ../../nbs/workshop/studio.ipynb #670fb9a3
+# %% ../../nbs/workshop/studio.ipynb #3d56749e
 @dataclass(frozen=True, eq=False)
 class Studio:
     "What live figures draw with: a student, and the same student under control."
@@ -33,7 +33,7 @@ def open_studio(
     network = load_controlnet(shipped('controlnet'), student.transformer).to(device)
     return Studio(student, replace(student, transformer=network))
 
-# %% ../../nbs/workshop/studio.ipynb #c5eda0ea
+# %% ../../nbs/workshop/studio.ipynb #3b4c8505
 PREFIX = 'data:image/png;base64,'
 
 def as_url(
@@ -53,7 +53,7 @@ def png_of(
     except ValueError: damaged = True
     require(not damaged, 'the drawing is no valid base64, so it was cut on its way: draw it again.')
 
-# %% ../../nbs/workshop/studio.ipynb #bbc1d7f6
+# %% ../../nbs/workshop/studio.ipynb #8e3e4ad4
 def condition_of(
     drawing: str | None # data URL of white lines on black; '' or None for no drawing
 ) -> Tensor | None: # (1, 3, 128, 128) in [-1, 1]; None where nothing is drawn
@@ -62,7 +62,7 @@ def condition_of(
     lines = load_picture(png_of(drawing))
     return lines if lines.max() > -1 else None
 
-# %% ../../nbs/workshop/studio.ipynb #5264c71b
+# %% ../../nbs/workshop/studio.ipynb #80ecc523
 def picture(
     studio: Studio, # of `open_studio`
     caption: str, # what to draw
