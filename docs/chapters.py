@@ -121,9 +121,13 @@ def described(before: str) -> str: # the last sentences of the prose before a fi
     return kept[:400] or 'A figure that the code above draws'
 
 
+def is_live(data: dict) -> bool: # an output that is empty without a running Python: a widget, or a frame of a server
+    return 'application/vnd.jupyter.widget-view+json' in data or '<iframe' in ''.join(data.get('text/html', ''))
+
+
 def code_cell(cell: dict, before: str) -> dict:
     "Without directives, and without widgets, which need a running Python; figures with words for a screen reader."
-    kept = [o for o in cell['outputs'] if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+    kept = [o for o in cell['outputs'] if not is_live(o.get('data', {}))]
     text = re.sub(r'(?m)^#\|.*\n?', '', source(cell)).lstrip('\n')
     tags = cell['metadata'].get('tags', [])
     folded = ['hide-input'] if 'solution' in tags else [] # a learner opens it when he wants it

@@ -101,7 +101,8 @@ def test_files_that_prose_links_to_go_with_the_site():
 
 def test_figures_have_words_and_widgets_are_left_to_a_running_python():
     widget, picture = {'data': {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'x'}}, {'data': {'image/png': 'AA'}}
-    cell = {'cell_type': 'code', 'source': 'draw()', 'metadata': {'tags': ['solution']}, 'outputs': [widget, picture]}
+    frame = {'data': {'text/html': ['<div><iframe src="http://127.0.0.1:7860/"></iframe></div>']}}
+    cell = {'cell_type': 'code', 'source': 'draw()', 'metadata': {'tags': ['solution']}, 'outputs': [widget, frame, picture]}
     shown = chapters.code_cell(cell, '## Heading\n\nFirst. Where do the [two](a.ipynb) curves $x^2$ cross?')
     assert shown['outputs'] == [picture] and 'hide-input' in shown['metadata']['tags']
     assert shown['metadata']['mystnb']['image']['alt'] == 'First. Where do the two curves x^2 cross?'
