@@ -10,4 +10,6 @@ addEventListener('load', () => {
 });
 addEventListener('resize', reachable);
 // A folded cell is named by the words that it shows.
-for (const fold of document.querySelectorAll('summary[aria-label]')) fold.removeAttribute('aria-label');
+addEventListener('DOMContentLoaded', () => {
+  for (const fold of document.querySelectorAll('summary[aria-label]')) fold.removeAttribute('aria-label');
+});
