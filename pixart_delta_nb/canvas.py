@@ -17,13 +17,12 @@ from .plots import PALETTE
 INK, GREY, BLUE = '#1B1F24', '#777777', '#2F86BD'    # text on a box; text and lines on any background; lines that count
 
 def tint(
-    colour: str, # any colour of matplotlib
+    colour: str, # as '#RRGGBB'
     share: float = .5 # how much of it is kept
 ) -> tuple: # red, green, blue in [0, 1]
     "A colour mixed with white, light enough for dark text; `ValueError` for a share outside [0, 1]."
-    from matplotlib.colors import to_rgb
     require(0 <= share <= 1, lambda: f'share is {share}, but must lie between 0 and 1: pass for example 0.5.')
-    return tuple(1 - share*(1 - part) for part in to_rgb(colour))
+    return tuple(1 - share*(1 - int(colour[i:i + 2], 16)/255) for i in (1, 3, 5))
 
 #: kind of box → fill, edge, line style, width of the edge in points
 KINDS = {'data': ('#F6F7F9', GREY, '-', .8), 'step': ('#E4E7EB', GREY, '-', .8),

@@ -10,14 +10,12 @@ __all__ = ['WEIGHTS', 'INDEX', 'LEGACY', 'variant_of', 'weight_files', 'read_wei
 # %% ../nbs/05_folders.ipynb #671e0f9a
 import contextlib, hashlib, json, os, re, shutil, uuid
 from pathlib import Path
-
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 import pixart_delta_nb
-from .core import (as_dtype, gathered, load_tensors, read_json, require, save_tensors, sha256,
-                                  write_atomic)
+from .core import as_dtype, gathered, load_tensors, read_json, require, save_tensors, sha256, write_atomic
 from .imports import light_diffusers
 
 # %% ../nbs/05_folders.ipynb #69cfdfeb

@@ -17,7 +17,7 @@ def _time_axis(canvas, place, grid, alpha_bar, y):
     from matplotlib.patches import Rectangle
     width = abs(place(0) - place(len(alpha_bar)))/len(grid)
     for t in grid:
-        shade = tint('black', 1 - float(alpha_bar[t])**.5)
+        shade = tint('#000000', 1 - float(alpha_bar[t])**.5)
         canvas.axes.add_patch(Rectangle((place(t) - width/2, y - .11), width, .22, fc=shade, ec=GREY, lw=.4))
     canvas.note(place(grid[-1]), y + .27, f't = {grid[-1]}, noise')
     canvas.note(place(0), y + .27, 't = 0, signal')

