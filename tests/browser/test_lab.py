@@ -83,7 +83,7 @@ def test_the_live_figures_run_and_follow_a_slider(notebook):
     state = run_all(watched)
     assert state['failed'] == [] and state['run'] == state['cells'] and watched.outside == []
     figure = first_figure(watched.page)
-    before, knob = picture(figure), watched.page.locator('.live-piece .widget-slider [role=slider]').first
+    before, knob = picture(figure), watched.page.locator('.widget-slider .noUi-handle').first
     knob.focus()
     for _ in range(3): watched.page.keyboard.press('ArrowRight')
     changed(figure, before)
@@ -95,5 +95,5 @@ def test_a_stroke_on_the_sketch_pad_changes_the_picture(notebook):
     assert state['failed'] == [] and watched.outside == []
     figure = first_figure(watched.page)
     before = picture(figure)
-    draw_line(watched.page, watched.page.locator('.live-piece .sketch-canvas').last)
+    draw_line(watched.page, watched.page.locator('.sketch-canvas').last)
     changed(figure, before)
