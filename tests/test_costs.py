@@ -1,6 +1,5 @@
 """What a step, a picture, a copy and an evaluation cost: counted by formula, counted by torch, measured."""
-import mmap
-import copy
+import copy, mmap
 
 import pytest
 import torch
