@@ -69,13 +69,15 @@ def test_light_and_dark_differ_and_can_be_chosen(opened, address):
     page = opened(address, '01_schedules.html', scheme='dark').page
     ground = lambda: page.evaluate('getComputedStyle(document.body).backgroundColor')
     dark = ground()
-    page.locator('.theme-switch-button').first.click() # from what the system wants to light
+    page.locator('.theme-switch-button').first.click() # opens the choice between system, light and dark
+    page.locator('.theme-change-button[data-mode=light]').first.click()
     page.wait_for_function(f'getComputedStyle(document.body).backgroundColor !== "{dark}"')
     assert dark != ground()
 
 
 def test_the_search_finds_a_chapter_and_a_name(opened, address):
     page = opened(address, 'search.html?q=ddim_step').page
-    page.wait_for_selector('ul.search li a')
+    page.wait_for_function("document.querySelector('.search-summary')?.textContent.includes('found')")
+    page.wait_for_function("document.querySelectorAll('ul.search li a').length >= parseInt(document.querySelector('.search-summary').textContent.match(/\\d+/)[0])")
     found = page.locator('ul.search li a').all_inner_texts()
     assert any('ddim_step' in text for text in found) and 'Solvers' in found
