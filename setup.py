@@ -14,8 +14,8 @@ scale = ['accelerate', 'bitsandbytes>=0.50,<0.51']                      # many d
 lab = ['jupyterlab', 'ipywidgets', 'anywidget', 'ipykernel']             # the course in JupyterLab, with its live figures
 demo = ['gradio>=6.31,<7']                                              # the same as a local page, for a class without Jupyter
 docs = ['sphinx>=9,<10', 'myst-nb>=1.4,<2', 'sphinx-book-theme>=1.4,<2', 'nbconvert'] # the site and the slides
-dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'nbclient', 'nbconvert', 'pytest', 'pytest-timeout', 'hypothesis',
-       'build', 'peft', 'pyyaml', 'datasets', 'playwright', *lab, *demo, *docs, *scale]
+dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<1.13', 'ghapi<2', 'nbclient', 'nbconvert', 'pytest', 'pytest-timeout', 'pytest-xdist',
+       'hypothesis', 'build', 'peft', 'pyyaml', 'datasets', 'playwright', *lab, *demo, *docs, *scale]
 
 
 class WithCourse(build_py):

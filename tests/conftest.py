@@ -1,5 +1,8 @@
 "What the tests of several modules share."
+import os
 import pytest
+
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # two processes, a core each
 import torch
 
 

@@ -9,12 +9,12 @@ __all__ = ['COMPARED', 'AGAIN', 'CODED', 'SPACES', 'FIGURE', 'picture_sets', 'ru
 # %% ../../nbs/evidence/conditional.ipynb #cce540de
 import torch
 from ..core import progress
-from .distances import features_of
 from .drawing import MARKERS
 from .figured import Figured, measured
 from .kit import Kit, Method, reconstructed
 from .redraws import (
     over_captions, renders_given, samples_given, told, with_bounds)
+from .scores import seen_by
 from .unbiased import excess, principal_directions
 from ..plots import PALETTE, use_style
 from ..world.captions import LEVELS
@@ -39,16 +39,15 @@ def picture_sets(
 
 # %% ../../nbs/evidence/conditional.ipynb #c44185a8
 def _spaces(kit):
-    "{score: its network}, as in `kit.grade`."
-    spaces = {'frechet': kit.judge, 'frechet_imagenet': kit.features}
-    return {name: network for name, network in spaces.items() if network is not None}
+    "Scores of the feature spaces that the kit has, as in `kit.grade`."
+    return ['frechet'] + ['frechet_imagenet']*(kit.features is not None)
 
 def _features(kit, sets):
-    "{score: {name: (N, F) features}} of one caption."
+    "{score: {name: (N, F) features}} of one caption; each picture is looked at once."
     found = {score: {} for score in _spaces(kit)}
     for name, images in sets:
-        for score, network in _spaces(kit).items():
-            found[score][name] = features_of(images, network).cpu()
+        looked = seen_by(kit, images)
+        for score in found: found[score][name] = looked[score.removeprefix('frechet')]
     return found
 
 def _compare(features, score, dims):

@@ -25,7 +25,7 @@ from ..world.words import attributes
 
 # %% ../../nbs/evidence/dial.ipynb #0f03e596
 def kept_energy(
-    variances: torch.Tensor, # s² of Gaussian directions, any shape
+    variances: torch.Tensor, # of Gaussian directions, any shape
     steps: int, # evaluations of the student's sampler
     alpha_bar: torch.Tensor, # (T,) table of ᾱ
 ) -> torch.Tensor: # share of each variance, shaped like `variances`
@@ -49,7 +49,7 @@ def magnified(
 def mode_variances(
     latents: torch.Tensor, # (C, m, 4, h, w), m pictures of each of C captions
     shortest: float = 4., # cells: the longest wave that counts
-) -> torch.Tensor: # (K, 4) eigenvalues s²
+) -> torch.Tensor: # (K, 4) eigenvalues
     "Variances of the latents given a caption, by spatial frequency."
     C, m, _, h, w = latents.shape
     left = (latents - latents.mean(1, keepdim=True))*(m/(m - 1))**.5

@@ -111,9 +111,9 @@ def _wirings(values):
     if min(len(a), len(b)) < 2: return 'one seed a wiring, so no comparison of wirings'
     ahead = 'Transformer' if statistics.fmean(a) > statistics.fmean(b) else 'UNet'
     apart = min(a) > max(b) or min(b) > max(a)
-    between = f'overlap ({min(a):.3f} to {max(a):.3f} and {min(b):.3f} to {max(b):.3f}), which does not decide it'
+    between = f'({min(a):.3f} to {max(a):.3f} and {min(b):.3f} to {max(b):.3f})'
     return (f'at 7 copies the {ahead} wiring is ahead in the mean of {len(a)} seeds, and the seeds of the two ' +
-            ('do not overlap' if apart else between))
+            (f'do not overlap {between}' if apart else f'overlap {between}, which does not decide it'))
 
 def _length(found):
     "How long the runs are, as the opening of a sentence; '' where they have no marks."

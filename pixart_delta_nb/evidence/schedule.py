@@ -76,7 +76,10 @@ def tell_schedule(found: dict) -> str: # of `run_schedule`
     score = 'frechet_imagenet' if 'frechet_imagenet' in found['rows'][0] else 'frechet'
     rows = {(r['distilled'], r['sampled']): r for r in found['rows']}
     right, others = rows['linear', 'linear'], [key for key in rows if key != ('linear', 'linear')]
-    def say(r): return f"accuracy {r['accuracy']:.3f}, Fréchet {r[score]:.1f}, spread {r['spread']/right['spread']:.2f}"
+    def say(r):
+        texture = f", texture {r['texture']:.2f}" if 'texture' in r else ''
+        return (f"accuracy {r['accuracy']:.3f}, Fréchet {r[score]:.1f}, "
+                f"spread {r['spread']/right['spread']:.2f}{texture}")
     worst = max(others, key=lambda key: rows[key][score])
     text = [f"{found['steps']} steps of {found['settings']['batch_size']}.",
             f"Distilled and sampled on the linear table: {say(right)}."]
