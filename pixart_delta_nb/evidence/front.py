@@ -85,7 +85,7 @@ def run_front(
     seed=101, # of the scenes
     **settings # of `snapshots`
 ) -> dict:
-    "Errors of the one-step answer of every snapshot and of the kit's student; `ValueError` where `run` holds another run."
+    "Errors of the one-step answer of every snapshot and of the kit's student; `ValueError` where `run` is another's."
     settings = {'seed': 0, 'omega': omega_of(kit.student)} | settings
     held, rows = scene_data(kit.teacher, images, seed), []
     batch = first_rows(held, images).to(kit.teacher.transformer.proj_out.weight.device)
