@@ -45,6 +45,20 @@ def test_distilling_adds_texture_mark_by_mark_at_four_steps(name):
         assert own == sorted(own)
 
 
+def test_one_step_gets_worse_before_it_gets_better_in_small_batches_alone():
+    assert says('fig2', 'With one step small batches first make it worse') and says('fig2', 'In batches of 48 there is no such hump')
+    by = {name: {r['iteration']: r['frechet_imagenet'] for r in stored(name)['rows'] if (r['steps'], r['variant']) == (1, 'ω = 2')} for name in ('fig2', 'fig2-48')}
+    assert by['fig2'][300] > 1.1*by['fig2'][0] > by['fig2'][0] > by['fig2'][1000]
+    assert max(by['fig2-48'].values()) == by['fig2-48'][0]
+
+
+def test_four_steps_gain_most_within_three_hundred_iterations():
+    assert says('fig2', 'most of their work within 300 iterations')
+    for name in ('fig2', 'fig2-48'):
+        found = {r['iteration']: r['frechet_imagenet'] for r in stored(name)['rows'] if (r['steps'], r['variant']) == (4, 'ω = 2')}
+        assert found[0] - found[300] > .5*(found[0] - min(found.values()))
+
+
 def test_distillation_does_what_no_solver_does():
     assert says('peers', 'So distillation does what no solver does')
     rows = stored('peers')['rows']
